@@ -1,0 +1,926 @@
+"""Attamba: attending to multi-token states, in one file of plain PyTorch.
+
+A transformer keeps one key and one value per token. Attamba [1] cuts the sequence into
+chunks of P tokens and keeps one key and one value per *chunk*, made by two small
+state-space models (SSMs, in the Mamba-2 form [2]) that take the place of the key and the
+value projection. A query sees every finished chunk through that one entry, and itself
+and its L most recent predecessors one by one. The KV cache of S tokens then holds about
+S/P + L entries instead of S.
+
+Three equations (layer input a, all per layer; r_t = 0 on the first token of a chunk, else 1):
+
+    state      h_t = r_t exp(-dt_t A) h_{t-1} + dt_t u_t B_t^T,      SSM(a)_t ~ h_t C_t
+    keys       k_t = a_t + SSM_K(a)_t,    v_t = a_t + SSM_V(a)_t,    q_t = W_Q a_t
+    attention  query t sees  { s <= t : t - s <= L  or  token s ends a chunk }
+
+A chunk boundary is nothing but a zero in the decay: after the last token of a chunk the
+state is forgotten, and that token's key and value stand for the whole chunk.
+
+    config = AttambaConfig(vocab_size=256, dim=128, n_layers=4, n_heads=4)
+    model = Attamba(config)
+    logits = model(torch.randint(256, (2, 100)))             # (2, 100, 256)
+    text = model.generate(torch.randint(256, (2, 100)), max_new_tokens=20, seed=0)
+    text.shape                                               # (2, 120), through the compressed cache
+
+Names       paper  meaning
+b l d              batch, length (of this call), width of the model
+chunk_size    P    tokens per chunk (mean)
+leading_tokens L   recent predecessors that a query sees one by one
+boundaries         bool, True where a token is the last one of its chunk
+h p n g            SSM heads, channels per head, state size, groups of heads that share B and C
+s                  which of the two SSMs: 0 makes the keys, 1 the values
+
+[1] Akhauri, Huda, Abdelfattah. Attamba: Attending To Multi-Token States. arXiv 2411.17685
+[2] Dao, Gu. Transformers are SSMs (Mamba-2). arXiv 2405.21060
+[3] Su et al. RoFormer (rotary positions, RoPE). arXiv 2104.09864
+[4] Shazeer. GLU variants improve transformer (SwiGLU). arXiv 2002.05202
+[5] Liu, Zaharia, Abbeel. Ring attention (parts joined by log-sum-exp). arXiv 2310.01889
+"""
+import math
+from dataclasses import dataclass
+from typing import Callable, Iterator, Optional, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+# ---------------------------------------------------------------------------------------
+# What can be chosen? Three knobs, kv, chunk_size and leading_tokens, span the whole family
+# from transformer to SSM.
+
+@dataclass
+class AttambaConfig:
+    """Shape of a model. The defaults are the paper's mechanism [1, section 3].
+
+    kv            chunk_size  leading_tokens   what it is
+    "linear"      any         None             transformer
+    "linear"      None        L                sliding-window transformer
+    "linear"      P           L                strided sparse attention
+    "ssm"         P           L                Attamba
+    "ssm"         P           None             "pseudo-chunking" [1]: SSMs, full attention
+    "ssm"         1           any              full attention over SSMs without memory
+    "ssm"         None        L                SSMs over the whole sequence, sliding window
+    "linear+ssm"  P           L                W_K and W_V kept, SSMs on top [1, ablation]
+
+    Raises ValueError for a value out of range, naming the field and what is allowed.
+    """
+    vocab_size: int                            # number of token ids
+    dim: int                                   # width of the model
+    n_layers: int                              # number of blocks
+    n_heads: int                               # query heads
+    n_kv_heads: Optional[int] = None           # key and value heads (GQA); None: n_heads
+    head_dim: Optional[int] = None             # channels per head; None: dim / n_heads
+    hidden_dim: Optional[int] = None           # inner width of the SwiGLU; None: 3 * dim
+    kv: str = "ssm"                            # "ssm", "linear" or "linear+ssm": what makes keys and values
+    chunk_size: Optional[int] = 8              # P, tokens per chunk; None: no chunk ever ends
+    leading_tokens: Optional[int] = 64         # L, recent predecessors seen one by one; None: all
+    chunking: Union[str, Callable] = "cyclic"  # "uniform", "cyclic", "random" or rule(tokens, positions, layer)
+    chunking_seed: int = 0                     # which chunks "random" makes
+    ssm_inner: Optional[int] = None            # channels of each SSM; None: dim / 2
+    ssm_state: int = 32                        # state size n of each channel
+    ssm_heads: Optional[int] = None            # SSM heads, one decay each; None: n_heads
+    ssm_groups: int = 1                        # groups of SSM heads that share B and C
+    conv_size: int = 4                         # taps of the causal convolution
+    rope_theta: float = 1e4                    # base of the rotary positions
+    tie_embeddings: bool = False               # output layer shares the embedding
+    norm_eps: float = 1e-5                     # epsilon of every RMSNorm
+
+    def __post_init__(self):
+        def check(name, ok, allowed):
+            if not ok:
+                raise ValueError(f"{name} must be {allowed}, but it is {getattr(self, name)!r}")
+
+        def check_int(name, least=1, none=False):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            check(name, (none and value is None) or (whole and value >= least),
+                  f"an integer of at least {least}" + (" or None" if none else ""))
+
+        for name in ("vocab_size", "dim", "n_layers", "n_heads", "ssm_state", "ssm_groups", "conv_size"):
+            check_int(name)
+        for name in ("n_kv_heads", "head_dim", "hidden_dim", "chunk_size", "ssm_inner", "ssm_heads"):
+            check_int(name, none=True)
+        check_int("leading_tokens", least=0, none=True)
+        check_int("chunking_seed", least=0)
+        check("kv", self.kv in ("ssm", "linear", "linear+ssm"), '"ssm", "linear" or "linear+ssm"')
+        check("chunking", self.chunking in ("uniform", "cyclic", "random") or callable(self.chunking),
+              '"uniform", "cyclic", "random" or a callable (tokens, positions, layer) -> bool (b, l)')
+        check("rope_theta", self.rope_theta > 0, "positive")
+        check("norm_eps", self.norm_eps > 0, "positive")
+        if self.head_dim is None:
+            check("n_heads", self.dim % self.n_heads == 0, f"a divisor of dim ({self.dim})")
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
+        self.head_dim = self.head_dim or self.dim // self.n_heads
+        self.hidden_dim = self.hidden_dim or 3 * self.dim
+        self.ssm_inner = self.ssm_inner or max(1, self.dim // 2)
+        self.ssm_heads = self.ssm_heads or self.n_heads
+        check("n_kv_heads", self.n_heads % self.n_kv_heads == 0, f"a divisor of n_heads ({self.n_heads})")
+        check("head_dim", self.head_dim % 2 == 0, "even (rotary positions turn pairs of channels)")
+        if self.kv == "ssm":  # the residual k = a + SSM(a) needs a's head slices
+            check("head_dim", self.head_dim * self.n_heads == self.dim,
+                  f'dim / n_heads ({self.dim / self.n_heads:g}) when kv="ssm"; thinner heads need kv="linear+ssm"')
+        if "ssm" in self.kv:
+            check("ssm_heads", self.ssm_inner % self.ssm_heads == 0, f"a divisor of ssm_inner ({self.ssm_inner})")
+            check("ssm_groups", self.ssm_heads % self.ssm_groups == 0, f"a divisor of ssm_heads ({self.ssm_heads})")
+
+
+# ---------------------------------------------------------------------------------------
+# What is remembered between calls? Per layer: the entries of finished chunks, a ring with
+# the window, and the two SSMs' states. Only the entries grow with the context.
+
+class LayerCache:
+    """What one attention layer remembers. W = L + 1 slots of window (a token and its L
+    predecessors), then one slot per chunk; a token that leaves the window keeps a slot
+    only if it ended a chunk. So what a query sees is always the first `length` slots.
+
+    k, v        (b, n_kv_heads, W + max_chunks, head_dim)  ring of the window, then chunk entries
+    ends        (b, W) bool          which tokens of the ring end a chunk
+    n_chunks    (b,) int64           chunk entries in use, row by row (rows may differ)
+    h           (b, 2 ssm_heads, p, n) float32  states of the two SSMs; None for kv="linear"
+    conv        (b, conv_size - 1, 2, channels) last inputs of their convolutions; likewise
+    position    int                  tokens seen so far; at most max_len
+    """
+
+    def __init__(self, config: "AttambaConfig", batch_size: int, max_len: int, max_chunks: int, dtype, device):
+        c, L = config, config.leading_tokens
+        self.max_len, self.max_chunks, self.position, self.used = max_len, max_chunks, 0, (0, 0)
+        self.window = W = max_len if L is None else min(L + 1, max_len)
+        self.k = torch.zeros(batch_size, c.n_kv_heads, W + max_chunks, c.head_dim, dtype=dtype, device=device)
+        self.v = torch.zeros_like(self.k)
+        self.ends = torch.zeros(batch_size, W, dtype=torch.bool, device=device)
+        self.n_chunks = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.h = self.conv = None
+        if "ssm" in c.kv:
+            state_dtype = torch.promote_types(dtype, torch.float32)
+            self.h = torch.zeros(batch_size, 2 * c.ssm_heads, c.ssm_inner // c.ssm_heads, c.ssm_state,
+                                 dtype=state_dtype, device=device)
+            self.conv = torch.zeros(batch_size, c.conv_size - 1, 2, c.ssm_inner + 2 * c.ssm_groups * c.ssm_state,
+                                    dtype=dtype, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes really allocated: keys, values, chunk bookkeeping and SSM states."""
+        tensors = (self.k, self.v, self.ends, self.n_chunks, self.h, self.conv)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def _leaving(self, boundaries: Tensor) -> Tensor:
+        """Chunk ends among the tokens that leave the window with these new ones. (b, l) -> (b, m) bool"""
+        p, W, l = self.position, self.window, boundaries.shape[1]
+        ring = self.ends[:, self._order()]                                        # (b, min(p, W)), oldest first
+        both = torch.cat([ring, boundaries.expand(len(ring), l)], 1)
+        return both[:, :max(0, both.shape[1] - W)]
+
+    def _order(self) -> Tensor:
+        """Slots of the ring, oldest token first. (min(position, W),)"""
+        return torch.arange(max(0, self.position - self.window), self.position, device=self.k.device) % self.window
+
+    def check(self, boundaries: Tensor) -> None:
+        """Is there room for these (b, l) new tokens? Raises ValueError if not; changes nothing."""
+        l = boundaries.shape[1]
+        if self.position + l > self.max_len:
+            raise ValueError(f"the cache is full: it holds {self.position} tokens, {l} more were given, and max_len is {self.max_len}")
+        if self.position + l > self.window:
+            need = int((self.n_chunks + self._leaving(boundaries).sum(1)).max())
+            if need > self.max_chunks:
+                raise ValueError(f"the cache is full: it needs {need} chunk entries, and max_chunks is {self.max_chunks}")
+
+    def context(self, k: Tensor, v: Tensor, boundaries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Entries, window and new tokens as one sequence; an entry is a token that ends a chunk.
+        k, v (b, h, l, d), boundaries (b, l) -> the same for all e + w + l of them."""
+        order, e = self._order(), self.used[1]
+        slots = torch.cat([torch.arange(self.window, self.window + e, device=k.device), order])
+        valid = torch.arange(e, device=k.device) < self.n_chunks[:, None]         # (b, e)
+        ends = torch.cat([valid, self.ends[:, order], boundaries.expand(len(valid), -1)], 1)
+        return torch.cat([self.k[:, :, slots], k], 2), torch.cat([self.v[:, :, slots], v], 2), ends
+
+    def append(self, k: Tensor, v: Tensor, boundaries: Tensor) -> None:
+        """Take in l new tokens. k, v (b, n_kv_heads, l, head_dim), boundaries (b or 1, l) bool."""
+        W, l, order = self.window, k.shape[2], self._order()
+        leaving = self._leaving(boundaries)                                       # (b, m) bool
+        m = leaving.shape[1]
+        if m and self.max_chunks:
+            # A leaving chunk end moves to the next free entry, any other leaving token to
+            # the oldest slot of the ring, which is overwritten just below.
+            entry = W + self.n_chunks[:, None] + leaving.cumsum(1) - 1            # (b, m)
+            oldest = order[0] if len(order) else torch.zeros_like(self.n_chunks[0])
+            slot = torch.where(leaving, entry, oldest)
+            for cache, new in ((self.k, k), (self.v, v)):
+                old = torch.cat([cache[:, :, order], new.to(cache.dtype)], 2)[:, :, :m]
+                cache.scatter_(2, slot[:, None, :, None].expand_as(old), old)
+            self.n_chunks += leaving.sum(1)
+            self.used = (int(self.n_chunks.min()), int(self.n_chunks.max()))
+        r = min(l, W)                                                             # newest tokens, into the ring
+        slot = torch.arange(self.position + l - r, self.position + l, device=k.device) % W
+        self.k[:, :, slot], self.v[:, :, slot] = k[:, :, l - r:].to(self.k.dtype), v[:, :, l - r:].to(self.v.dtype)
+        self.ends[:, slot] = boundaries[:, l - r:]
+        self.position += l
+
+    def attend(self, q: Tensor) -> Tensor:
+        """Attention of the newest token over all that it sees. q (b, n_heads, 1, head_dim) -> same."""
+        fewest, most = self.used
+        seen = min(self.position, self.window)
+        k, v = self.k[:, :, :seen + most], self.v[:, :, :seen + most]
+        mask = None
+        if fewest != most:                                                        # rows of different chunk counts
+            mask = (torch.arange(seen + most, device=q.device) < seen + self.n_chunks[:, None])[:, None, None]
+        return F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+class Cache:
+    """What a model remembers of the tokens it has seen: a LayerCache per layer.
+
+    nbytes      bytes allocated, all layers, states included
+    position    tokens seen so far
+    """
+
+    def __init__(self, layers: list[LayerCache], batch_size: int, config: "AttambaConfig"):
+        self.layers, self.batch_size, self.config = layers, batch_size, config
+
+    nbytes = property(lambda self: sum(layer.nbytes for layer in self.layers))
+    position = property(lambda self: self.layers[0].position)
+    max_len = property(lambda self: self.layers[0].max_len)
+
+
+# ---------------------------------------------------------------------------------------
+# What is the model? A pre-norm transformer; only the attention inside is new.
+
+class Attamba(nn.Module):
+    """Language model: embedding, n_layers blocks, norm, output layer. Weights do not depend
+    on chunk_size, leading_tokens and chunking: load them into a model with other values."""
+
+    def __init__(self, config: AttambaConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        nn.init.normal_(self.head.weight, std=0.02)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor, boundaries: Optional[Tensor] = None, cache: Optional[Cache] = None) -> Tensor:
+        """tokens (b, l) int64 -> logits (b, l, vocab_size).
+
+        boundaries: bool (b, l), True where a token ends its chunk, in all layers; default: config.chunking.
+        cache: from new_cache; the tokens continue it and it advances in place (no gradients then).
+        Raises ValueError for wrong dtypes, shapes, an empty sequence, a full or foreign cache,
+        IndexError for ids outside the vocabulary (not checked inside torch.compile).
+        """
+        self._check(tokens, boundaries, cache)
+        b, l = tokens.shape
+        start = cache.position if cache else 0
+        if boundaries is None and callable(self.config.chunking):
+            positions = torch.arange(start, start + l, device=tokens.device)
+            marks = [_call_rule(self.config.chunking, tokens, positions, i) for i in range(len(self.blocks))]
+        else:
+            marks = [boundaries] * len(self.blocks)
+        if cache:  # check every layer before any of them changes
+            for block, mark, layer in zip(self.blocks, marks, cache.layers):
+                layer.check(block.attention.boundaries(l, start, mark))
+        x = self.embed(tokens)                                                    # (b, l, d)
+        for i, block in enumerate(self.blocks):
+            x = block(x, marks[i], cache.layers[i] if cache else None)
+        return self.head(self.norm(x))                                            # (b, l, vocab_size)
+
+    def _check(self, tokens, boundaries, cache):
+        if tokens.dtype not in (torch.int64, torch.int32) or tokens.dim() != 2 or tokens.numel() == 0:
+            raise ValueError(f"tokens must be int64 of shape (batch, length), not empty, but got {tokens.dtype} {tuple(tokens.shape)}")
+        if boundaries is not None and (boundaries.dtype != torch.bool or boundaries.shape != tokens.shape):
+            raise ValueError(f"boundaries must be bool of shape {tuple(tokens.shape)}, but got {boundaries.dtype} {tuple(boundaries.shape)}")
+        if cache is not None and (cache.batch_size != len(tokens) or cache.config != self.config):
+            raise ValueError(f"this cache was made for batch size {cache.batch_size} and {cache.config}, "
+                             f"but it is used with batch size {len(tokens)} and {self.config}")
+        if not torch.compiler.is_compiling():
+            low, high = torch.stack([tokens.min(), tokens.max()]).tolist()
+            if low < 0 or high >= self.config.vocab_size:
+                raise IndexError(f"token ids must lie in 0 ... {self.config.vocab_size - 1}, but they range from {low} to {high}")
+
+    def new_cache(self, batch_size: int, max_len: int, max_chunks: Optional[int] = None) -> Cache:
+        """Allocate everything that decoding up to max_len tokens needs, at once.
+
+        max_chunks: chunk entries per layer; default: what max_len tokens need at most under
+        config.chunking, for a callable (or explicit masks) every token could end a chunk.
+        Raises ValueError for sizes below 1.
+        """
+        layers = [block.attention.new_cache(batch_size, max_len, max_chunks) for block in self.blocks]
+        return Cache(layers, batch_size, self.config)
+
+    @torch.no_grad()
+    def stream(self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: Optional[int] = None,
+               top_p: Optional[float] = None, seed: Optional[int] = None) -> Iterator[Tensor]:
+        """Continue tokens (b, l); yields (b, 1) int64 max_new_tokens times. temperature 0 takes the
+        likeliest token; top_k and top_p (probability mass) cut the tail; seed repeats a sample.
+        Raises ValueError for a negative temperature or count, top_k below 1, top_p outside (0, 1]."""
+        for name, ok in (("max_new_tokens", max_new_tokens >= 0), ("temperature", temperature >= 0),
+                         ("top_k", top_k is None or top_k >= 1), ("top_p", top_p is None or 0 < top_p <= 1)):
+            if not ok:
+                raise ValueError(f"{name} is out of range: {locals()[name]!r}")
+        generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
+        cache = self.new_cache(len(tokens), tokens.shape[1] + max_new_tokens)
+        for _ in range(max_new_tokens):
+            logits = self(tokens, cache=cache)[:, -1].float()                     # (b, vocab_size)
+            tokens = sample(logits, temperature, top_k, top_p, generator)         # (b, 1)
+            yield tokens
+
+    def generate(self, tokens: Tensor, max_new_tokens: int, **options) -> Tensor:
+        """tokens (b, l) -> (b, l + max_new_tokens), sampled with the options of `stream`."""
+        return torch.cat([tokens, *self.stream(tokens, max_new_tokens, **options)], 1)
+
+
+def sample(logits: Tensor, temperature: float, top_k: Optional[int], top_p: Optional[float],
+           generator: Optional[torch.Generator]) -> Tensor:
+    """logits (b, vocab_size) -> token ids (b, 1) int64; the options are those of Attamba.stream."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits, ids = (logits / temperature).sort(-1, descending=True)
+    probs = logits.softmax(-1)
+    if top_k is not None:
+        probs[:, top_k:] = 0
+    if top_p is not None:  # drop a token when the likelier ones already hold top_p
+        probs[probs.cumsum(-1) - probs >= top_p] = 0
+    return ids.gather(1, torch.multinomial(probs, 1, generator=generator))
+
+
+class Block(nn.Module):
+    """x + Attention(RMSNorm(x)), then x + SwiGLU(RMSNorm(x)). (b, l, d) -> (b, l, d) [1, section 3; 4]"""
+
+    def __init__(self, config: AttambaConfig, layer: int):
+        super().__init__()
+        dim, hidden = config.dim, config.hidden_dim
+        self.norm1 = nn.RMSNorm(dim, eps=config.norm_eps)
+        self.attention = AttambaAttention(config, layer)
+        self.norm2 = nn.RMSNorm(dim, eps=config.norm_eps)
+        self.w_gate_up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.w_down = nn.Linear(hidden, dim, bias=False)
+        nn.init.normal_(self.w_gate_up.weight, std=0.02)
+        nn.init.normal_(self.w_down.weight, std=0.02 / math.sqrt(2 * config.n_layers))
+
+    def forward(self, x: Tensor, boundaries: Optional[Tensor] = None, cache: Optional[LayerCache] = None) -> Tensor:
+        x = x + self.attention(self.norm1(x), boundaries, cache)
+        gate, up = self.w_gate_up(self.norm2(x)).chunk(2, -1)                     # (b, l, hidden) each
+        return x + self.w_down(F.silu(gate) * up)
+
+
+# ---------------------------------------------------------------------------------------
+# What replaces attention? The same attention, with keys and values that SSMs make.
+
+class AttambaAttention(nn.Module):
+    """Drop-in causal self-attention, (b, l, d) -> (b, l, d) [1, section 3].
+
+        q_t = W_Q a_t,   k_t = a_t + SSM_K(a)_t,   v_t = a_t + SSM_V(a)_t     kv="ssm"
+        q_t = W_Q a_t,   k_t = W_K a_t,            v_t = W_V a_t              kv="linear"
+        out_t = W_O softmax(q_t k_s / sqrt(head_dim) over the s that t sees) v_s
+
+    layer: index of the layer, 0 first: "cyclic" shifts the chunks by a phase that depends on
+    it, so that every token is near the end of a chunk in some layer.
+    """
+
+    def __init__(self, config: AttambaConfig, layer: int):
+        super().__init__()
+        c = self.config = config
+        kv_dim = c.n_kv_heads * c.head_dim
+        self.wq = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=False)
+        self.wo = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
+        nn.init.normal_(self.wq.weight, std=0.02)
+        nn.init.normal_(self.wo.weight, std=0.02 / math.sqrt(2 * c.n_layers))
+        if "linear" in c.kv:
+            self.wkv = nn.Linear(c.dim, 2 * kv_dim, bias=False)
+            nn.init.normal_(self.wkv.weight, std=0.02)
+        if "ssm" in c.kv:
+            self.ssm = ChunkSSM(c, c.dim if c.kv == "ssm" else kv_dim, kv_dim)
+        # Layer and phase are data, not constants of the code: all layers share one compiled graph.
+        self.register_buffer("layer", torch.tensor(layer), persistent=False)
+        first = -1 if self._irregular(None) else c.chunk_size - 1 - _phase(c, layer)
+        self.first = torch.tensor(first, device="cpu")  # position of the first chunk end; -1: no fixed step
+
+    def _irregular(self, boundaries):
+        return boundaries is not None or self.config.chunk_size is None or self.config.chunking not in ("uniform", "cyclic")
+
+    def boundaries(self, length: int, start: int = 0, boundaries: Optional[Tensor] = None) -> Tensor:
+        """Which of the tokens start ... start + length - 1 end a chunk: bool (1, length), or the
+        mask given. Raises ValueError if config.chunking is a callable and no mask is given."""
+        if boundaries is not None:
+            return boundaries
+        if callable(self.config.chunking):
+            raise ValueError("with a callable chunking the layer needs the mask: pass boundaries=rule(tokens, positions, layer)")
+        positions = torch.arange(start, start + length, device=self.layer.device)
+        return chunk_ends(self.config, positions, self.layer)[None]
+
+    def new_cache(self, batch_size: int, max_len: int, max_chunks: Optional[int] = None) -> LayerCache:
+        """Cache of this layer alone; see Attamba.new_cache."""
+        for name, value, least in (("batch_size", batch_size, 1), ("max_len", max_len, 1), ("max_chunks", max_chunks, 0)):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, but it is {value}")
+        outside = 0 if self.config.leading_tokens is None else max(0, max_len - self.config.leading_tokens - 1)
+        if max_chunks is None:  # only a token that has left the window needs an entry
+            max_chunks = outside if callable(self.config.chunking) else int(self.boundaries(outside).sum())
+        return LayerCache(self.config, batch_size, max_len, max_chunks, self.wq.weight.dtype, self.wq.weight.device)
+
+    def forward(self, x: Tensor, boundaries: Optional[Tensor] = None, cache: Optional[LayerCache] = None) -> Tensor:
+        """x (b, l, d) -> (b, l, d). boundaries: bool (b, l) or (1, l), default config.chunking.
+        cache: from new_cache; x continues it and it advances in place."""
+        c, (b, l, _) = self.config, x.shape
+        start = cache.position if cache else 0
+        ends = self.boundaries(l, start, boundaries)                              # (1 or b, l)
+        if cache:
+            cache.check(ends)
+        q = self.wq(x).unflatten(-1, (c.n_heads, c.head_dim))                     # (b, l, heads, head_dim)
+        k, v = self.keys_values(x, ends, cache).unflatten(-1, (c.n_kv_heads, c.head_dim)).unbind(2)
+        cos, sin = rope_angles(start, l, c.head_dim, c.rope_theta, x.device)
+        q, k, v = rotate(q, cos, sin), rotate(k, cos, sin).to(q.dtype), v.to(q.dtype)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                          # (b, heads, l, head_dim)
+
+        if cache and l == 1:          # one step: everything visible lies in the cache
+            cache.append(k, v, ends)
+            out = cache.attend(q).to(q.dtype)
+        elif cache and start:         # several tokens on top of a cache
+            out = attend(q, *cache.context(k, v, ends), c.leading_tokens)
+            cache.append(k, v, ends)
+        else:                         # from the start
+            first = None if self._irregular(boundaries) else self.first
+            out = attend(q, k, v, ends, c.leading_tokens, c.chunk_size, first)
+            if cache:
+                cache.append(k, v, ends)
+        return self.wo(out.transpose(1, 2).flatten(2))
+
+    def keys_values(self, x: Tensor, ends: Tensor, cache: Optional[LayerCache] = None) -> Tensor:
+        """Keys (index 0) and values (1) of each token, before RoPE. (b, l, d) -> (b, l, 2, kv_dim)"""
+        c = self.config
+        if "linear" in c.kv:
+            base = self.wkv(x).unflatten(-1, (2, -1))                             # (b, l, 2, kv_dim)
+            ssm_input = base
+        else:  # the residual; with fewer key heads than query heads, the mean over each group
+            base = x.unflatten(-1, (c.n_kv_heads, -1, c.head_dim)).mean(-2).flatten(-2).unsqueeze(2)
+            ssm_input = x
+        if "ssm" not in c.kv:
+            return base
+        state = (cache.h, cache.conv) if cache else (None, None)
+        y, (h, conv) = self.ssm(ssm_input, ends, *state)
+        if cache:
+            cache.h.copy_(h), cache.conv.copy_(conv)
+        return base + y
+
+
+# ---------------------------------------------------------------------------------------
+# What makes a chunk's key and value? A Mamba-2 SSM whose state restarts with every chunk.
+
+class ChunkSSM(nn.Module):
+    """The two SSMs of a layer, s = 0 for keys and s = 1 for values, side by side [1, section 3; 2]:
+
+        z, u, B, C, dt = split(W_in a_t)
+        u, B, C = SiLU(causal depthwise convolution), never across a chunk boundary
+        dt = softplus(dt + dt_bias),   h_t = r_t exp(-dt exp(A_log)) h_{t-1} + dt u_t B_t^T
+        y_t = h_t C_t + D u_t,         out_t = W_out RMSNorm(y_t * SiLU(z_t))
+    """
+
+    def __init__(self, config: AttambaConfig, dim_in: int, dim_out: int):
+        super().__init__()
+        c = self.config = config
+        gn = c.ssm_groups * c.ssm_state
+        self.sizes = (c.ssm_inner, c.ssm_inner + 2 * gn, c.ssm_heads)             # z | u B C | dt
+        self.w_in = nn.Parameter(torch.randn(2, sum(self.sizes), dim_in) * 0.02)
+        self.w_conv = nn.Parameter(torch.empty(c.conv_size, 2, self.sizes[1]).uniform_(-1, 1) / math.sqrt(c.conv_size))
+        self.b_conv = nn.Parameter(torch.zeros(2, self.sizes[1]))
+        # A fresh state should remember on the order of a chunk: 1 / (dt A) is about 12 tokens in
+        # the geometric mean, from 1 to 1000 over the heads. dt_bias is the inverse softplus of dt [2].
+        dt = torch.exp(torch.empty(2, c.ssm_heads).uniform_(math.log(1e-3), math.log(1e-1)))
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+        self.A_log = nn.Parameter(torch.empty(2, c.ssm_heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(2, c.ssm_heads))
+        self.w_norm = nn.Parameter(torch.ones(2, c.ssm_inner))
+        self.w_out = nn.Parameter(torch.randn(2, dim_out, c.ssm_inner) * 0.02)
+
+    def forward(self, a: Tensor, boundaries: Tensor, h: Optional[Tensor] = None, conv: Optional[Tensor] = None):
+        """a (b, l, d) for both SSMs or (b, l, 2, d), boundaries (b or 1, l) bool, state as in LayerCache
+        -> out (b, l, 2, dim_out), (h, conv) after the last token."""
+        c = self.config
+        if a.dim() == 3:
+            proj = F.linear(a, self.w_in.flatten(0, 1)).unflatten(-1, (2, -1))    # (b, l, 2, sum(sizes))
+        else:
+            proj = torch.einsum("blsd,sed->blse", a, self.w_in)
+        z, ubc, dt = proj.split(self.sizes, -1)
+        ubc, conv = chunk_conv(ubc, self.w_conv, self.b_conv, boundaries, conv)
+        u, B, C = F.silu(ubc).split((c.ssm_inner, c.ssm_groups * c.ssm_state, c.ssm_groups * c.ssm_state), -1)
+        at_least_32 = torch.promote_types(dt.dtype, torch.float32)
+        dt = F.softplus(dt.to(at_least_32) + self.dt_bias)                        # (b, l, 2, heads)
+        # Both SSMs in one scan: the axis s joins the heads (for u, dt) and the groups (for B, C).
+        scan = ssm_scan_ref if a.shape[1] == 1 else ssm_scan
+        y, h = scan(u.unflatten(-1, (c.ssm_heads, -1)).flatten(2, 3), dt.flatten(2),
+                    -self.A_log.to(at_least_32).exp().flatten(),
+                    B.unflatten(-1, (c.ssm_groups, -1)).flatten(2, 3), C.unflatten(-1, (c.ssm_groups, -1)).flatten(2, 3),
+                    self.D.to(at_least_32).flatten(), boundaries, h)              # (b, l, 2 heads, p)
+        y = y.flatten(2).unflatten(-1, (2, -1)) * F.silu(z)                       # (b, l, 2, inner)
+        y = (F.rms_norm(y, y.shape[-1:], eps=c.norm_eps) * self.w_norm).to(z.dtype)
+        return torch.einsum("blsi,sei->blse", y, self.w_out), (h, conv)
+
+
+def chunk_conv(x: Tensor, weight: Tensor, bias: Tensor, boundaries: Tensor, tail: Optional[Tensor] = None):
+    """Causal depthwise convolution that never reaches across a chunk boundary.
+
+        y_t = bias + sum_j weight[j] x_{t-j}     over j = 0 ... k-1 while t-j lies in t's chunk
+
+    x (b, l, *c), weight (k, *c) with weight[0] on the token itself, bias (*c), boundaries (b or 1, l)
+    bool, tail (b, k - 1, *c): the last inputs before x, zero outside the current chunk
+    -> y (b, l, *c) and the tail after x. Source: [1, section 3], [2].
+    """
+    k, l, ones = len(weight), x.shape[1], [1] * (x.dim() - 2)
+    if tail is None:
+        tail = x.new_zeros(x.shape[0], k - 1, *x.shape[2:])
+    x = torch.cat([tail.to(x.dtype), x], 1)                                       # (b, k-1+l, *c)
+    ends = F.pad(boundaries, (k - 1, 0))                                          # the tail holds no boundary
+    y, same_chunk = bias + weight[0] * x[:, k - 1:], None
+    for j in range(1, k):
+        cut = ~ends[:, k - 1 - j:k - 1 - j + l]                                   # token t-j does not end a chunk
+        same_chunk = cut if same_chunk is None else same_chunk & cut
+        y = y + weight[j] * (x[:, k - 1 - j:k - 1 - j + l] * same_chunk.view(*cut.shape, *ones))
+    alive = ends[:, l:].flip(1).cumsum(1).flip(1) == 0                            # (b, k-1): no boundary since
+    return y.to(x.dtype), x[:, l:] * alive.view(*alive.shape, *ones)
+
+
+def ssm_scan_ref(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, boundaries: Tensor,
+                 h: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+    """The recurrence, token by token: the definition, and the step of decoding [2, equation 1].
+
+        h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t^T,   y_t = h_t C_t + D u_t,   h_t := 0 after a boundary
+
+    u (b, l, h, p), dt (b, l, h) positive, A (h,) negative, B and C (b, l, g, n), D (h,),
+    boundaries (b or 1, l) bool, initial state h (b, h, p, n) or None for zero
+    -> y (b, l, h, p) and the final state (b, h, p, n), both in at least float32.
+    """
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    u, dt, B, C = (t.to(dtype) for t in (u, dt, B, C))
+    B, C = (t.repeat_interleave(u.shape[2] // t.shape[2], 2) for t in (B, C))     # (b, l, h, n)
+    if h is None:
+        h = u.new_zeros(u.shape[0], u.shape[2], u.shape[3], B.shape[3])
+    ys = []
+    for u_t, dt_t, B_t, C_t, end_t in zip(*(t.unbind(1) for t in (u, dt, B, C, boundaries))):
+        decay = torch.exp(dt_t * A)[..., None, None]                              # (b, h, 1, 1)
+        h = decay * h + (dt_t[..., None] * u_t)[..., None] * B_t[:, :, None]      # (b, h, p, n)
+        ys.append((h * C_t[:, :, None]).sum(-1) + D[:, None] * u_t)               # (b, h, p)
+        h = torch.where(end_t[:, None, None, None], 0, h)
+    return torch.stack(ys, 1), h
+
+
+def ssm_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, boundaries: Tensor,
+             h: Optional[Tensor] = None, block: int = 16) -> tuple[Tensor, Tensor]:
+    """The same as ssm_scan_ref, in parallel by blocks of tokens (their length changes the speed only).
+
+    Inside a block the recurrence is a masked matrix product, as in [2, section 6]:
+
+        y_i = sum_j M_ij (C_i . B_j) dt_j u_j,   M_ij = exp(sum of dt A over j+1 ... i)   j <= i, same chunk
+                                                      = 0                                 otherwise
+
+    and what a block leaves behind is carried on to the next by _carry. Decays are summed within
+    a block only, and a boundary is a zero in M, never a large negative number: nothing to cancel.
+    """
+    (b, l, H, p), (g, n) = u.shape, B.shape[2:]
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    block = min(block, l)
+    pad = -l % block                                                              # dt = 0 on padding: no effect
+
+    def blocks(t):
+        """(b, l, ...) -> (b, c, block, ...)"""
+        t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) if pad else t
+        return t.unflatten(1, (-1, block))
+
+    with torch.autocast(u.device.type, enabled=False):
+        u, dt, B, C = (t.to(dtype) for t in (u, dt, B, C))
+        x = blocks(u * dt[..., None]).transpose(2, 3)                             # (b, c, H, q, p)
+        log_a = blocks(dt * A).transpose(2, 3)                                    # (b, c, H, q), <= 0
+        B, C = blocks(B).transpose(2, 3), blocks(C).transpose(2, 3)               # (b, c, g, q, n)
+        ends = blocks(boundaries)                                                 # (b, c, q)
+        chunk = ends.cumsum(-1) - ends.long()                                     # chunk number within the block
+        n_ends = ends.sum(-1, keepdim=True)                                       # (b, c, 1)
+        cum = log_a.cumsum(-1)                                                    # (b, c, H, q)
+
+        def per_group(t):
+            """(b, c, H, ...) -> (b, c, g, H/g, ...)"""
+            return t.unflatten(2, (g, -1))
+
+        M = per_group(_decays(cum, chunk)) * (C @ B.mT).unsqueeze(3)              # (b, c, g, H/g, q, q)
+        y = M.flatten(2, 3) @ x                                                   # (b, c, H, q, p)
+        # What survives the block: the tokens after its last boundary ...
+        left = x * (torch.exp(cum[..., -1:] - cum) * (chunk == n_ends)[:, :, None])[..., None]
+        s = per_group(left).mT.flatten(3, 4) @ B                                  # (b, c, g, H/g p, n)
+        # ... and what enters it, seen by the tokens up to its first boundary.
+        entering, h = _carry(cum[..., -1], n_ends[..., 0] > 0, s.view(b, -1, H, p * n), h, block=64)
+        seen = C @ entering.view(b, -1, g, H // g * p, n).mT                      # (b, c, g, q, H/g p)
+        seen = seen.unflatten(-1, (H // g, p)).transpose(3, 4).flatten(2, 3)      # (b, c, H, q, p)
+        y = y + seen * (torch.exp(cum) * (chunk == 0)[:, :, None])[..., None]
+        y = y.transpose(2, 3).flatten(1, 2)[:, :l] + D[:, None] * u               # (b, l, H, p)
+    return y, h.view(b, H, p, n)
+
+
+def _decays(cum: Tensor, chunk: Tensor) -> Tensor:
+    """M_ij = exp(cum_i - cum_j) where j <= i and both lie in one chunk, else 0.
+    cum (b, c, H, q) cumulated log-decays, chunk (b or 1, c, q) ids -> (b, c, H, q, q)"""
+    same = (chunk[..., :, None] == chunk[..., None, :]).tril()[:, :, None]
+    return torch.exp((cum[..., :, None] - cum[..., None, :]).clamp(max=0)) * same
+
+
+def _carry(log_a: Tensor, reset: Tensor, s: Tensor, h: Optional[Tensor], block: int) -> tuple[Tensor, Tensor]:
+    """States between blocks: h_{c+1} = a_c h_c + s_c with a_c = 0 where reset. It is the same kind
+    of recurrence as the tokens', so it is solved in the same way, blocks of blocks, recursively.
+    log_a (b, c, H), reset (b or 1, c), s (b, c, H, f), h (b, H, f...) or None -> (b, c, H, f) states
+    entering each block, (b, H, f) the last."""
+    b, c, H, f = s.shape
+    h = s.new_zeros(b, H, f) if h is None else h.reshape(b, H, f).to(s.dtype)
+    if c == 1:
+        keep = torch.exp(log_a[:, 0]) * ~reset[:, :1]                             # (b, H)
+        return h[:, None], keep[..., None] * h + s[:, 0]
+    pad = -c % (block := min(block, c))
+    log_a = F.pad(log_a, (0, 0, 0, pad)).unflatten(1, (-1, block)).transpose(2, 3)          # (b, C, H, q)
+    reset = F.pad(reset, (0, pad)).unflatten(1, (-1, block)).cumsum(-1)                     # (b, C, q) ids
+    s = F.pad(s, (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, block)).transpose(2, 3)            # (b, C, H, q, f)
+    cum = log_a.cumsum(-1)
+    inside = _decays(cum, reset) @ s                                                        # (b, C, H, q, f)
+    entering, last = _carry(cum[..., -1], reset[..., -1] > 0, inside[..., -1, :], h, block)
+    after = inside + entering[..., None, :] * (torch.exp(cum) * (reset == 0)[:, :, None])[..., None]
+    after = after.transpose(2, 3).flatten(1, 2)[:, :c]                                      # (b, c, H, f)
+    return torch.cat([h[:, None], after[:, :-1]], 1), last
+
+
+# ---------------------------------------------------------------------------------------
+# Where does a chunk end? A rule looks at one token and its position, nothing else: so a
+# prefix is cut the same way whatever follows, and cached calls see the same chunks.
+
+def chunk_ends(config: AttambaConfig, positions: Tensor, layer: Union[int, Tensor]) -> Tensor:
+    """The named rules [1, section 3.2]: which positions (l,) int64 end a chunk -> (l,) bool.
+
+    uniform: (t + 1) % P == 0; cyclic: the same, earlier by a phase that grows with the layer;
+    random: each token with probability 1 / P, a fixed function of seed, layer and position.
+
+    >>> config = AttambaConfig(vocab_size=8, dim=8, n_layers=2, n_heads=2, chunk_size=4)
+    >>> chunk_ends(config, torch.arange(9), layer=0).int().tolist()
+    [0, 0, 0, 1, 0, 0, 0, 1, 0]
+    >>> chunk_ends(config, torch.arange(9), layer=1).int().tolist()   # phase 1 * 4 // 2 = 2
+    [0, 1, 0, 0, 0, 1, 0, 0, 0]
+    """
+    P = config.chunk_size
+    if P is None:
+        return torch.zeros_like(positions, dtype=torch.bool)
+    if config.chunking == "random":
+        x = positions * 2 ** 20 + layer * 2 ** 10 + config.chunking_seed + 1
+        for _ in range(3):  # mix the bits (xor-shift and multiply, modulo 2^31)
+            x = (((x >> 15) ^ x) * 0x2C1B3C6D) & 0x7FFFFFFF
+        return (x >> 4) % P == 0
+    return (positions + 1 + _phase(config, layer)) % P == 0
+
+
+def _phase(config, layer):
+    """How much earlier the chunks of a layer end: floor(layer P / n_layers) for "cyclic", else 0."""
+    return layer * config.chunk_size // config.n_layers if config.chunking == "cyclic" else 0
+
+
+def _call_rule(rule, tokens, positions, layer):
+    """A callable chunking, checked: bool (b, l)."""
+    ends = rule(tokens, positions, layer)
+    if not isinstance(ends, Tensor) or ends.dtype != torch.bool or ends.shape != tokens.shape:
+        got = f"{ends.dtype} {tuple(ends.shape)}" if isinstance(ends, Tensor) else type(ends).__name__
+        raise ValueError(f"a chunking rule must return bool of shape {tuple(tokens.shape)}, but it returned {got}")
+    return ends
+
+
+# ---------------------------------------------------------------------------------------
+# Which keys does a query see? attention_mask is the definition, attend the fast form.
+
+def attention_mask(boundaries: Tensor, leading_tokens: Optional[int]) -> Tensor:
+    """What each query sees, as a picture [1, figure 2]: (b, l) bool -> (b, l queries, l keys) bool.
+    Every finished chunk through its last token, and the window: itself and L predecessors.
+
+    >>> ends = torch.tensor([[0, 0, 1, 0, 0, 1, 0, 0]]).bool()
+    >>> for row in attention_mask(ends, leading_tokens=1)[0].int().tolist(): print(*row)
+    1 0 0 0 0 0 0 0
+    1 1 0 0 0 0 0 0
+    0 1 1 0 0 0 0 0
+    0 0 1 1 0 0 0 0
+    0 0 1 1 1 0 0 0
+    0 0 1 0 1 1 0 0
+    0 0 1 0 0 1 1 0
+    0 0 1 0 0 1 1 1
+    """
+    t = torch.arange(boundaries.shape[1], device=boundaries.device)
+    past = t[None, :] <= t[:, None]                                               # (l, l), query by key
+    window = past if leading_tokens is None else past & (t[:, None] - t[None, :] <= leading_tokens)
+    return window | (past & boundaries[:, None, :])
+
+
+def attend_ref(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, leading_tokens: Optional[int],
+               chunk_size: Optional[int] = None, first: Optional[Tensor] = None) -> Tensor:
+    """Attention through the dense mask: the definition, quadratic in time and memory.
+    Arguments and result as in `attend`; chunk_size and first are not needed."""
+    mask = attention_mask(boundaries, leading_tokens)[:, None, -q.shape[2]:]
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)
+    return scores.softmax(-1) @ v
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, leading_tokens: Optional[int],
+           chunk_size: Optional[int] = None, first: Optional[Tensor] = None) -> Tensor:
+    """Attention of each query over the finished chunks and its window; no l x l matrix is built.
+
+    q (b, heads, lq, head_dim), k and v (b, kv heads, l, head_dim) with lq <= l: the queries are the
+    last lq tokens. boundaries (b or 1, l) bool. If first (0-d int64, on the CPU) is given, the
+    boundaries are first, first + chunk_size, ... and attention over them is folded (see _parts).
+    -> (b, heads, lq, head_dim)
+    """
+    L, l = leading_tokens, k.shape[2]
+    if L is None or L >= l - 1:  # the window holds everything: ordinary causal attention
+        if q.shape[2] == l:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        L, boundaries, first = l - 1, torch.zeros_like(boundaries[:1]), None
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    step = 0 if first is None else chunk_size
+    return _attend(q, k, v, boundaries, torch.zeros((), dtype=torch.long) if first is None else first, step, L)[0]
+
+
+def _parts(lq, l, L, boundaries, first, step):
+    """Cut the attention picture into rectangles without waste.
+
+    Yields (take queries, take keys, mask, causal); the two functions pick views out of
+    (rows, tokens, ...) tensors as (rows, problems, tokens, ...), each an ordinary attention:
+
+    window   blocks of W = L + 1 tokens. A query sees its own block causally (no predecessor in it
+             is further than L away), and of the L tokens before its block those at most L away.
+    chunks   fold, if chunks have a fixed step P: let t0 = first + L + 1 be the first query that
+             sees a boundary past its window, and write t = t0 + c P + p. Query t sees exactly the
+             boundaries 0 ... c, whatever its phase p: so for each of the P phases this is plain
+             causal attention of length l / P.
+             Else, by blocks of queries: the boundaries that the block sees, with a mask.
+    """
+    W, off, dev = L + 1, l - lq, boundaries.device
+    n, r = divmod(lq, W)
+
+    def rows(start, count, width, low=0, high=None):
+        """(x, t, ...) -> (x, count, high - low, ...): tokens low ... high of each block of `width`"""
+        return lambda x: x[:, start:start + count * width].unflatten(1, (count, width))[:, :, low:high]
+
+    near = torch.ones(L, L, dtype=torch.bool, device=dev).triu()                  # j of the L tokens before, j >= i
+    if n:
+        yield rows(0, n, W), rows(off, n, W), None, True
+    if r:
+        yield rows(n * W, 1, r), rows(off + n * W, 1, r), None, True
+    if n > 1 and L:
+        yield rows(W, n - 1, W, 0, L), rows(off, n - 1, W, 1), near, False
+    if n and r:
+        yield rows(n * W, 1, r), rows(off + n * W - L, 1, L), near[:r], False
+    if off and L:
+        m, w = min(lq, L), min(off, L)
+        yield rows(0, 1, m), rows(off - w, 1, w), near[:m, L - w:], False
+
+    if step:
+        first = int(first)
+        t0 = first + L + 1
+        n, r = divmod(max(0, l - t0), step)
+        if n:
+            yield (lambda x: x[:, t0:t0 + n * step].unflatten(1, (n, step)).transpose(1, 2),
+                   lambda x: x[:, None, first::step][:, :, :n], None, True)
+        if r:
+            yield rows(t0 + n * step, 1, r), lambda x: x[:, None, first::step][:, :, :n + 1], None, False
+    else:
+        old = boundaries.cumsum(1)[:, :max(0, l - W)]                             # (b, l - W)
+        count = max(boundaries.sum(1).tolist())
+        ids = torch.arange(l, device=dev).expand(boundaries.shape)
+        ids = ids.masked_fill(~boundaries, l).sort(1).values[:, :count]           # (rows or 1, count); l where a row has fewer
+        for start in range(max(0, W - off), lq, 128):
+            stop = min(start + 128, lq)
+            seen = int(old[:, off + stop - 1 - W].max())
+            if seen:
+                t = torch.arange(off + start, off + stop, device=dev)
+                mask = ids[:, None, None, :seen] < t[:, None] - L                 # (rows or 1, 1, m, seen)
+                yield rows(start, 1, stop - start), ids[:, :seen].clamp(max=l - 1), mask, False
+
+
+def _per_head(boundaries, heads):
+    """(b or 1, l) -> (b heads or 1, l)"""
+    return boundaries if len(boundaries) == 1 else boundaries.repeat_interleave(heads, 0)
+
+
+def _take_keys(x, keys):
+    """(rows, l, d) -> (rows, problems, n, d), by a view or by (rows or 1, n) indices."""
+    if callable(keys):
+        return keys(x)
+    return x.gather(1, keys[..., None].expand(len(x), -1, x.shape[-1]))[:, None]
+
+
+def _give_keys(x, keys, grad):
+    """Add (rows, problems, n, d) to where _take_keys took it from."""
+    if callable(keys):
+        keys(x).add_(grad)
+    else:
+        x.scatter_add_(1, keys[..., None].expand_as(grad[:, 0]), grad[:, 0])
+
+
+# The rectangles are joined by their log-sum-exps [5]. Backward: the softmax over all parts is
+# exp(score - lse) with the joined lse, so each part's own backward, called with the joined out
+# and lse, gives exact gradients. As custom operators they stay closed to torch.compile, which
+# sees one call with data: one graph for all layers.
+
+@torch.library.custom_op(f"{__name__}::attend", mutates_args=())
+def _attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, first: Tensor, step: int, leading: int) -> tuple[Tensor, Tensor]:
+    b, h, lq, _ = q.shape
+    q, k, v = (t.flatten(0, 1).contiguous() for t in (q, k, v))                   # (b h, tokens, d)
+    out = torch.zeros_like(q)
+    lse = torch.full(out.shape[:2], -math.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    for rows, keys, mask, causal in _parts(lq, k.shape[1], leading, _per_head(boundaries, h), first, step):
+        o, s = _softmax(rows(q), _take_keys(k, keys), _take_keys(v, keys), mask, causal)
+        joined = torch.logaddexp(rows(lse), s)
+        rows(out).lerp_(o, torch.exp(s - joined)[..., None].to(o.dtype))
+        rows(lse).copy_(joined)
+    return out.unflatten(0, (b, h)), lse.unflatten(0, (b, h))
+
+
+@torch.library.custom_op(f"{__name__}::attend_backward", mutates_args=())
+def _attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, boundaries: Tensor,
+                     first: Tensor, step: int, leading: int) -> tuple[Tensor, Tensor, Tensor]:
+    b, h, lq, _ = q.shape
+    grad, q, k, v, out, lse = (t.flatten(0, 1).contiguous() for t in (grad, q, k, v, out, lse))
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for rows, keys, mask, causal in _parts(lq, k.shape[1], leading, _per_head(boundaries, h), first, step):
+        gq, gk, gv = _softmax_backward(rows(grad), rows(q), _take_keys(k, keys), _take_keys(v, keys),
+                                       rows(out), rows(lse), mask, causal)
+        rows(dq).add_(gq)
+        _give_keys(dk, keys, gk), _give_keys(dv, keys, gv)
+    return tuple(t.unflatten(0, (b, h)) for t in (dq, dk, dv))
+
+
+@_attend.register_fake
+def _(q, k, v, boundaries, first, step, leading):
+    return (torch.empty_like(q, memory_format=torch.contiguous_format),
+            q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32)))
+
+
+@_attend_backward.register_fake
+def _(grad, q, k, v, *_):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+
+
+def _attend_setup(ctx, inputs, output):
+    q, k, v, boundaries, first, ctx.step, ctx.leading = inputs
+    ctx.save_for_backward(q, k, v, *output, boundaries, first)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _attend_vjp(ctx, grad, _):
+    return *_attend_backward(grad, *ctx.saved_tensors, ctx.step, ctx.leading), None, None, None, None
+
+
+_attend.register_autograd(_attend_vjp, setup_context=_attend_setup)
+
+
+def _softmax(q, k, v, mask, causal):
+    """One rectangle: q (r, c, m, d), k and v (r, c or 1, n, d), mask bool or None -> out, lse (r, c, m)."""
+    k, v = k.expand(-1, q.shape[1], -1, -1), v.expand(-1, q.shape[1], -1, -1)
+    if q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=_bias(mask, q))
+        return out, lse if mask is None else lse.masked_fill(~mask.any(-1), -math.inf)
+    scores = _scores(q, k, mask, causal)
+    lse = scores.logsumexp(-1)
+    return torch.exp(scores - lse[..., None]).nan_to_num(0).to(v.dtype) @ v, lse
+
+
+def _softmax_backward(grad, q, k, v, out, lse, mask, causal):
+    """Gradients of q (r, c, m, d), k and v (r, c or 1, n, d), with out and lse those of the whole softmax."""
+    shared = k.shape[1] != q.shape[1]                                             # c problems share their keys
+    k, v = k.expand(-1, q.shape[1], -1, -1), v.expand(-1, q.shape[1], -1, -1)
+    if q.device.type == "cpu":
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, causal, attn_mask=_bias(mask, q))
+    else:
+        p = torch.exp(_scores(q, k, mask, causal) - lse[..., None])               # (r, c, m, n)
+        ds = p * ((grad @ v.mT).to(p.dtype) - (grad * out).sum(-1, keepdim=True)) / math.sqrt(q.shape[-1])
+        dq, dk, dv = ds.to(k.dtype) @ k, ds.mT.to(q.dtype) @ q, p.mT.to(grad.dtype) @ grad
+    return dq, dk.sum(1, keepdim=True) if shared else dk, dv.sum(1, keepdim=True) if shared else dv
+
+
+def _scores(q, k, mask, causal):
+    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[-1])
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    return scores if mask is None else scores.masked_fill(~mask, -math.inf)
+
+
+def _bias(mask, q):
+    """The mask as something to add to the scores."""
+    if mask is not None:
+        return torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -math.inf)
+
+
+# ---------------------------------------------------------------------------------------
+# How does a key know its place? Rotary positions [3]: a chunk's key carries its boundary's.
+
+def rope_angles(start: int, length: int, head_dim: int, theta: float, device) -> tuple[Tensor, Tensor]:
+    """cos and sin (length, 1, head_dim / 2) float32 for positions start ... start + length - 1 [3]."""
+    freq = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angle = torch.arange(start, start + length, device=device, dtype=torch.float32)[:, None] * freq
+    return angle.cos()[:, None], angle.sin()[:, None]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn channel pairs (i, i + head_dim / 2) of x (b, l, heads, head_dim) by the angles [3]."""
+    x1, x2 = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).to(x.dtype)
