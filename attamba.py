@@ -428,8 +428,9 @@ class AttambaAttention(nn.Module):
         ends = self.boundaries(l, start, boundaries)                              # (1 or b, l)
         if cache:
             cache.check(ends)
+        first = None if self._irregular(boundaries) else self.first
         q = self.wq(x).unflatten(-1, (c.n_heads, c.head_dim))                     # (b, l, heads, head_dim)
-        k, v = self.keys_values(x, ends, cache).unflatten(-1, (c.n_kv_heads, c.head_dim)).unbind(2)
+        k, v = self.keys_values(x, ends, first, cache).unflatten(-1, (c.n_kv_heads, c.head_dim)).unbind(2)
         cos, sin = rope_angles(start, l, c.head_dim, c.rope_theta, x.device)
         q, k, v = rotate(q, cos, sin), rotate(k, cos, sin).to(q.dtype), v.to(q.dtype)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))                          # (b, heads, l, head_dim)
@@ -441,27 +442,35 @@ class AttambaAttention(nn.Module):
             out = attend(q, *cache.context(k, v, ends), c.leading_tokens)
             cache.append(k, v, ends)
         else:                         # from the start
-            first = None if self._irregular(boundaries) else self.first
             out = attend(q, k, v, ends, c.leading_tokens, c.chunk_size, first)
             if cache:
                 cache.append(k, v, ends)
         return self.wo(out.transpose(1, 2).flatten(2))
 
-    def keys_values(self, x: Tensor, ends: Tensor, cache: Optional[LayerCache] = None) -> Tensor:
+    def keys_values(self, x: Tensor, ends: Tensor, first: Optional[Tensor], cache: Optional[LayerCache] = None) -> Tensor:
         """Keys (index 0) and values (1) of each token, before RoPE. (b, l, d) -> (b, l, 2, kv_dim)"""
         c = self.config
         if "linear" in c.kv:
             base = self.wkv(x).unflatten(-1, (2, -1))                             # (b, l, 2, kv_dim)
             ssm_input = base
         else:  # the residual; with fewer key heads than query heads, the mean over each group
-            base = x.unflatten(-1, (c.n_kv_heads, -1, c.head_dim)).mean(-2).flatten(-2).unsqueeze(2)
-            ssm_input = x
+            base = ssm_input = x
+            if c.n_kv_heads != c.n_heads:
+                base = x.unflatten(-1, (c.n_kv_heads, -1, c.head_dim)).mean(-2).flatten(-2)
+            base = base.unsqueeze(2)                                              # the same for keys and values
         if "ssm" not in c.kv:
             return base
-        state = (cache.h, cache.conv) if cache else (None, None)
-        y, (h, conv) = self.ssm(ssm_input, ends, *state)
         if cache:
+            y, (h, conv) = self.ssm(ssm_input, ends, cache.h, cache.conv)
             cache.h.copy_(h), cache.conv.copy_(conv)
+        elif first is None or torch.compiler.is_compiling():
+            y, _ = self.ssm(ssm_input, ends)
+        else:  # chunks of one length: each is a sequence of its own, so they make a batch
+            P, l = c.chunk_size, x.shape[1]
+            front = P - 1 - int(first)                                            # zeros in front change nothing:
+            padded = F.pad(ssm_input, (0, 0) * (ssm_input.dim() - 2) + (front, -(front + l) % P))   # no bias in the SSM
+            y, _ = self.ssm(padded.unflatten(1, (-1, P)).flatten(0, 1), None)     # (b chunks, P, 2, kv_dim)
+            y = y.unflatten(0, (len(x), -1)).flatten(1, 2)[:, front:front + l]
         return base + y
 
 
@@ -484,26 +493,24 @@ class ChunkSSM(nn.Module):
         self.sizes = (c.ssm_inner, c.ssm_inner + 2 * gn, c.ssm_heads)             # z | u B C | dt
         self.w_in = nn.Parameter(torch.randn(2, sum(self.sizes), dim_in) * 0.02)
         self.w_conv = nn.Parameter(torch.empty(c.conv_size, 2, self.sizes[1]).uniform_(-1, 1) / math.sqrt(c.conv_size))
-        self.b_conv = nn.Parameter(torch.zeros(2, self.sizes[1]))
         # A fresh state should remember on the order of a chunk: 1 / (dt A) is about 12 tokens in
         # the geometric mean, from 1 to 1000 over the heads. dt_bias is the inverse softplus of dt [2].
         dt = torch.exp(torch.empty(2, c.ssm_heads).uniform_(math.log(1e-3), math.log(1e-1)))
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
         self.A_log = nn.Parameter(torch.empty(2, c.ssm_heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(2, c.ssm_heads))
-        self.w_norm = nn.Parameter(torch.ones(2, c.ssm_inner))
         self.w_out = nn.Parameter(torch.randn(2, dim_out, c.ssm_inner) * 0.02)
 
-    def forward(self, a: Tensor, boundaries: Tensor, h: Optional[Tensor] = None, conv: Optional[Tensor] = None):
-        """a (b, l, d) for both SSMs or (b, l, 2, d), boundaries (b or 1, l) bool, state as in LayerCache
-        -> out (b, l, 2, dim_out), (h, conv) after the last token."""
+    def forward(self, a: Tensor, boundaries: Optional[Tensor], h: Optional[Tensor] = None, conv: Optional[Tensor] = None):
+        """a (b, l, d) for both SSMs or (b, l, 2, d), boundaries (b or 1, l) bool or None for none,
+        state as in LayerCache -> out (b, l, 2, dim_out), (h, conv) after the last token."""
         c = self.config
         if a.dim() == 3:
             proj = F.linear(a, self.w_in.flatten(0, 1)).unflatten(-1, (2, -1))    # (b, l, 2, sum(sizes))
         else:
             proj = torch.einsum("blsd,sed->blse", a, self.w_in)
         z, ubc, dt = proj.split(self.sizes, -1)
-        ubc, conv = chunk_conv(ubc, self.w_conv, self.b_conv, boundaries, conv)
+        ubc, conv = chunk_conv(ubc, self.w_conv, boundaries, conv)
         u, B, C = F.silu(ubc).split((c.ssm_inner, c.ssm_groups * c.ssm_state, c.ssm_groups * c.ssm_state), -1)
         at_least_32 = torch.promote_types(dt.dtype, torch.float32)
         dt = F.softplus(dt.to(at_least_32) + self.dt_bias)                        # (b, l, 2, heads)
@@ -514,41 +521,46 @@ class ChunkSSM(nn.Module):
                     B.unflatten(-1, (c.ssm_groups, -1)).flatten(2, 3), C.unflatten(-1, (c.ssm_groups, -1)).flatten(2, 3),
                     self.D.to(at_least_32).flatten(), boundaries, h)              # (b, l, 2 heads, p)
         y = y.flatten(2).unflatten(-1, (2, -1)) * F.silu(z)                       # (b, l, 2, inner)
-        y = (F.rms_norm(y, y.shape[-1:], eps=c.norm_eps) * self.w_norm).to(z.dtype)
+        y = F.rms_norm(y, y.shape[-1:], eps=c.norm_eps).to(z.dtype)               # W_out absorbs the norm's weight
         return torch.einsum("blsi,sei->blse", y, self.w_out), (h, conv)
 
 
-def chunk_conv(x: Tensor, weight: Tensor, bias: Tensor, boundaries: Tensor, tail: Optional[Tensor] = None):
+def chunk_conv(x: Tensor, weight: Tensor, boundaries: Optional[Tensor] = None, tail: Optional[Tensor] = None):
     """Causal depthwise convolution that never reaches across a chunk boundary.
 
-        y_t = bias + sum_j weight[j] x_{t-j}     over j = 0 ... k-1 while t-j lies in t's chunk
+        y_t = sum_j weight[j] x_{t-j}     over j = 0 ... k-1 while t-j lies in t's chunk
 
-    x (b, l, *c), weight (k, *c) with weight[0] on the token itself, bias (*c), boundaries (b or 1, l)
-    bool, tail (b, k - 1, *c): the last inputs before x, zero outside the current chunk
-    -> y (b, l, *c) and the tail after x. Source: [1, section 3], [2].
+    x (b, l, *c), weight (k, *c) with weight[0] on the token itself, boundaries (b or 1, l) bool or
+    None for none, tail (b, k - 1, *c) the last inputs before x, zero outside the current chunk
+    -> y (b, l, *c), and the tail after x if one was given. Source: [1, section 3], [2].
     """
     k, l, ones = len(weight), x.shape[1], [1] * (x.dim() - 2)
-    if tail is None:
-        tail = x.new_zeros(x.shape[0], k - 1, *x.shape[2:])
-    x = torch.cat([tail.to(x.dtype), x], 1)                                       # (b, k-1+l, *c)
-    ends = F.pad(boundaries, (k - 1, 0))                                          # the tail holds no boundary
-    y, same_chunk = bias + weight[0] * x[:, k - 1:], None
-    for j in range(1, k):
-        cut = ~ends[:, k - 1 - j:k - 1 - j + l]                                   # token t-j does not end a chunk
-        same_chunk = cut if same_chunk is None else same_chunk & cut
-        y = y + weight[j] * (x[:, k - 1 - j:k - 1 - j + l] * same_chunk.view(*cut.shape, *ones))
-    alive = ends[:, l:].flip(1).cumsum(1).flip(1) == 0                            # (b, k-1): no boundary since
-    return y.to(x.dtype), x[:, l:] * alive.view(*alive.shape, *ones)
+    ends = boundaries
+    if tail is not None:
+        x = torch.cat([tail.to(x.dtype), x], 1)                                   # (b, k-1+l, *c)
+        ends = F.pad(boundaries, (k - 1, 0))                                      # the tail holds no boundary
+    y, cut = weight[0] * x, None
+    for j in range(1, min(k, x.shape[1])):
+        term = F.pad(weight[j] * x[:, :-j], (0, 0) * len(ones) + (j, 0))
+        if ends is not None:  # cut where one of t-j ... t-1 ends a chunk
+            before = F.pad(ends[:, :-j], (j, 0))
+            cut = before if cut is None else cut | before
+            term = term.masked_fill(cut.view(*cut.shape, *ones), 0)
+        y = y + term
+    if tail is not None:
+        over = ends[:, l:].flip(1).cumsum(1).flip(1) > 0                          # (b, k-1): a boundary since
+        tail = x[:, l:].masked_fill(over.view(*over.shape, *ones), 0)
+    return y[:, x.shape[1] - l:], tail
 
 
-def ssm_scan_ref(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, boundaries: Tensor,
-                 h: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+def ssm_scan_ref(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
+                 boundaries: Optional[Tensor] = None, h: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
     """The recurrence, token by token: the definition, and the step of decoding [2, equation 1].
 
         h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t^T,   y_t = h_t C_t + D u_t,   h_t := 0 after a boundary
 
     u (b, l, h, p), dt (b, l, h) positive, A (h,) negative, B and C (b, l, g, n), D (h,),
-    boundaries (b or 1, l) bool, initial state h (b, h, p, n) or None for zero
+    boundaries (b or 1, l) bool or None for none, initial state h (b, h, p, n) or None for zero
     -> y (b, l, h, p) and the final state (b, h, p, n), both in at least float32.
     """
     dtype = torch.promote_types(u.dtype, torch.float32)
@@ -556,6 +568,8 @@ def ssm_scan_ref(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tens
     B, C = (t.repeat_interleave(u.shape[2] // t.shape[2], 2) for t in (B, C))     # (b, l, h, n)
     if h is None:
         h = u.new_zeros(u.shape[0], u.shape[2], u.shape[3], B.shape[3])
+    if boundaries is None:
+        boundaries = torch.zeros(1, u.shape[1], dtype=torch.bool, device=u.device)
     ys = []
     for u_t, dt_t, B_t, C_t, end_t in zip(*(t.unbind(1) for t in (u, dt, B, C, boundaries))):
         decay = torch.exp(dt_t * A)[..., None, None]                              # (b, h, 1, 1)
@@ -565,8 +579,8 @@ def ssm_scan_ref(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tens
     return torch.stack(ys, 1), h
 
 
-def ssm_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, boundaries: Tensor,
-             h: Optional[Tensor] = None, block: int = 16) -> tuple[Tensor, Tensor]:
+def ssm_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
+             boundaries: Optional[Tensor] = None, h: Optional[Tensor] = None, block: int = 16) -> tuple[Tensor, Tensor]:
     """The same as ssm_scan_ref, in parallel by blocks of tokens (their length changes the speed only).
 
     Inside a block the recurrence is a masked matrix product, as in [2, section 6]:
@@ -579,6 +593,8 @@ def ssm_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
     """
     (b, l, H, p), (g, n) = u.shape, B.shape[2:]
     dtype = torch.promote_types(u.dtype, torch.float32)
+    if boundaries is None:
+        boundaries = torch.zeros(1, l, dtype=torch.bool, device=u.device)
     block = min(block, l)
     pad = -l % block                                                              # dt = 0 on padding: no effect
 
