@@ -197,6 +197,7 @@ class LayerCache:
 
     def append(self, k: Tensor, v: Tensor, boundaries: Tensor) -> None:
         """Take in l new tokens. k, v (b, n_kv_heads, l, head_dim), boundaries (b or 1, l) bool."""
+        k, v = k.detach(), v.detach()
         W, l, order = self.window, k.shape[2], self._order()
         leaving = self._leaving(boundaries)                                       # (b, m) bool
         m = leaving.shape[1]
@@ -462,7 +463,7 @@ class AttambaAttention(nn.Module):
             return base
         if cache:
             y, (h, conv) = self.ssm(ssm_input, ends, cache.h, cache.conv)
-            cache.h.copy_(h), cache.conv.copy_(conv)
+            cache.h.copy_(h.detach()), cache.conv.copy_(conv.detach())
         elif first is None or torch.compiler.is_compiling():
             y, _ = self.ssm(ssm_input, ends)
         else:  # chunks of one length: each is a sequence of its own, so they make a batch
