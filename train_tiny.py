@@ -258,7 +258,9 @@ class Progress:
         every = 1 if self.tty else max(1, self.steps // 20)
         if self.quiet or (step % every and step != self.steps):
             return
-        line = f"step {step}/{self.steps}  loss {loss:.3f}  {rate / 1000:.1f}k tokens/s  {int(left) // 60}:{int(left) % 60:02d} left"
+        line = f"step {step}/{self.steps}  loss {loss:.3f}"
+        if rate:  # not known after the first step
+            line += f"  {rate / 1000:.1f}k tokens/s  {int(left) // 60}:{int(left) % 60:02d} left"
         if self.tty:
             width = shutil.get_terminal_size().columns - 1
             print("\r" + line[:width].ljust(width), end="\n" if step == self.steps else "", flush=True)
@@ -323,7 +325,10 @@ def train(config: AttambaConfig, options: TrainConfig, corpus: Corpus, resume: b
 
             last = step + 1 == options.steps
             if last or stop or (step + 1) % 10 == 0 or step == first:
-                value = loss.item()
+                loss = loss.detach()
+                if world > 1:
+                    torch.distributed.all_reduce(loss)                        # of the whole batch, as one process has it
+                value = loss.item() / world
                 if not math.isfinite(value):
                     raise UserError(f"the loss is {value} at step {step + 1}; the last good checkpoint is in {out}")
                 now = time.time()
