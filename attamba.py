@@ -38,12 +38,19 @@ s                  which of the two SSMs: 0 makes the keys, 1 the values
 """
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Callable, Iterator, Optional, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+try:  # only for the optional CUDA kernels at the end
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
 
 
 # ---------------------------------------------------------------------------------------
@@ -282,9 +289,10 @@ class Attamba(nn.Module):
         if cache:  # check every layer before any of them changes
             for block, mark, layer in zip(self.blocks, marks, cache.layers):
                 layer.check(block.attention.boundaries(l, start, mark))
+        rope = rope_angles(start, l, self.config.head_dim, self.config.rope_theta, tokens.device)
         x = self.embed(tokens)                                                    # (b, l, d)
         for i, block in enumerate(self.blocks):
-            x = block(x, marks[i], cache.layers[i] if cache else None)
+            x = block(x, marks[i], cache.layers[i] if cache else None, rope)
         return self.head(self.norm(x))                                            # (b, l, vocab_size)
 
     def _check(self, tokens, boundaries, cache):
@@ -360,8 +368,9 @@ class Block(nn.Module):
         nn.init.normal_(self.w_gate_up.weight, std=0.02)
         nn.init.normal_(self.w_down.weight, std=0.02 / math.sqrt(2 * config.n_layers))
 
-    def forward(self, x: Tensor, boundaries: Optional[Tensor] = None, cache: Optional[LayerCache] = None) -> Tensor:
-        x = x + self.attention(self.norm1(x), boundaries, cache)
+    def forward(self, x: Tensor, boundaries: Optional[Tensor] = None, cache: Optional[LayerCache] = None,
+                rope: Optional[tuple[Tensor, Tensor]] = None) -> Tensor:
+        x = x + self.attention(self.norm1(x), boundaries, cache, rope)
         gate, up = self.w_gate_up(self.norm2(x)).chunk(2, -1)                     # (b, l, hidden) each
         return x + self.w_down(F.silu(gate) * up)
 
@@ -395,11 +404,9 @@ class AttambaAttention(nn.Module):
             self.ssm = ChunkSSM(c, c.dim if c.kv == "ssm" else kv_dim, kv_dim)
         # Layer and phase are data, not constants of the code: all layers share one compiled graph.
         self.register_buffer("layer", torch.tensor(layer), persistent=False)
-        first = -1 if self._irregular(None) else c.chunk_size - 1 - _phase(c, layer)
-        self.first = torch.tensor(first, device="cpu")  # position of the first chunk end; -1: no fixed step
-
-    def _irregular(self, boundaries):
-        return boundaries is not None or self.config.chunk_size is None or self.config.chunking not in ("uniform", "cyclic")
+        self.first = None                              # position of the first chunk end, if chunks have a fixed step
+        if c.chunk_size is not None and c.chunking in ("uniform", "cyclic"):
+            self.first = torch.tensor(c.chunk_size - 1 - _phase(c, layer), device="cpu")
 
     def boundaries(self, length: int, start: int = 0, boundaries: Optional[Tensor] = None) -> Tensor:
         """Which of the tokens start ... start + length - 1 end a chunk: bool (1, length), or the
@@ -421,19 +428,21 @@ class AttambaAttention(nn.Module):
             max_chunks = outside if callable(self.config.chunking) else int(self.boundaries(outside).sum())
         return LayerCache(self.config, batch_size, max_len, max_chunks, self.wq.weight.dtype, self.wq.weight.device)
 
-    def forward(self, x: Tensor, boundaries: Optional[Tensor] = None, cache: Optional[LayerCache] = None) -> Tensor:
+    def forward(self, x: Tensor, boundaries: Optional[Tensor] = None, cache: Optional[LayerCache] = None,
+                rope: Optional[tuple[Tensor, Tensor]] = None) -> Tensor:
         """x (b, l, d) -> (b, l, d). boundaries: bool (b, l) or (1, l), default config.chunking.
-        cache: from new_cache; x continues it and it advances in place."""
+        cache: from new_cache; x continues it and it advances in place. rope: cos and sin of the
+        positions as from rope_angles (one table can serve all layers); default: made here."""
         c, (b, l, _) = self.config, x.shape
         start = cache.position if cache else 0
         ends = self.boundaries(l, start, boundaries)                              # (1 or b, l)
         if cache:
             cache.check(ends)
-        first = None if self._irregular(boundaries) else self.first
+        first = self.first if boundaries is None else None
         q = self.wq(x).unflatten(-1, (c.n_heads, c.head_dim))                     # (b, l, heads, head_dim)
         k, v = self.keys_values(x, ends, first, cache).unflatten(-1, (c.n_kv_heads, c.head_dim)).unbind(2)
-        cos, sin = rope_angles(start, l, c.head_dim, c.rope_theta, x.device)
-        q, k, v = rotate(q, cos, sin), rotate(k, cos, sin).to(q.dtype), v.to(q.dtype)
+        rope = rope or rope_angles(start, l, c.head_dim, c.rope_theta, x.device)
+        q, k, v = rotate(q, *rope), rotate(k, *rope).to(q.dtype), v.to(q.dtype)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))                          # (b, heads, l, head_dim)
 
         if cache and l == 1:          # one step: everything visible lies in the cache
@@ -461,17 +470,23 @@ class AttambaAttention(nn.Module):
             base = base.unsqueeze(2)                                              # the same for keys and values
         if "ssm" not in c.kv:
             return base
-        if cache:
-            y, (h, conv) = self.ssm(ssm_input, ends, cache.h, cache.conv)
-            cache.h.copy_(h.detach()), cache.conv.copy_(conv.detach())
-        elif first is None or torch.compiler.is_compiling():
-            y, _ = self.ssm(ssm_input, ends)
+        if first is None or (cache and cache.position):
+            y, (h, conv) = self.ssm(ssm_input, ends, *((cache.h, cache.conv) if cache else ()))
+        elif torch.compiler.is_compiling() or _scan_kernel_fits(x, c):
+            y, _ = self.ssm(ssm_input, ends, first=first)
         else:  # chunks of one length: each is a sequence of its own, so they make a batch
             P, l = c.chunk_size, x.shape[1]
             front = P - 1 - int(first)                                            # zeros in front change nothing:
             padded = F.pad(ssm_input, (0, 0) * (ssm_input.dim() - 2) + (front, -(front + l) % P))   # no bias in the SSM
-            y, _ = self.ssm(padded.unflatten(1, (-1, P)).flatten(0, 1), None)     # (b chunks, P, 2, kv_dim)
+            y, _ = self.ssm(padded.unflatten(1, (-1, P)).flatten(0, 1))           # (b chunks, P, 2, kv_dim)
             y = y.unflatten(0, (len(x), -1)).flatten(1, 2)[:, front:front + l]
+        if cache:
+            if first is not None and cache.position == 0:  # what is left is the state of the tokens after the last chunk
+                done = x.shape[1] - (x.shape[1] - 1 - int(first)) % c.chunk_size if x.shape[1] > first else 0
+                if done == x.shape[1]:
+                    return base + y
+                _, (h, conv) = self.ssm(ssm_input[:, done:], ends[:, done:], cache.h, cache.conv)
+            cache.h.copy_(h.detach()), cache.conv.copy_(conv.detach())
         return base + y
 
 
@@ -502,9 +517,10 @@ class ChunkSSM(nn.Module):
         self.D = nn.Parameter(torch.ones(2, c.ssm_heads))
         self.w_out = nn.Parameter(torch.randn(2, dim_out, c.ssm_inner) * 0.02)
 
-    def forward(self, a: Tensor, boundaries: Optional[Tensor], h: Optional[Tensor] = None, conv: Optional[Tensor] = None):
+    def forward(self, a: Tensor, boundaries: Optional[Tensor] = None, h: Optional[Tensor] = None,
+                conv: Optional[Tensor] = None, first: Optional[Tensor] = None):
         """a (b, l, d) for both SSMs or (b, l, 2, d), boundaries (b or 1, l) bool or None for none,
-        state as in LayerCache -> out (b, l, 2, dim_out), (h, conv) after the last token."""
+        state as in LayerCache, first as in `attend` -> out (b, l, 2, dim_out), (h, conv) after the last token."""
         c = self.config
         if a.dim() == 3:
             proj = F.linear(a, self.w_in.flatten(0, 1)).unflatten(-1, (2, -1))    # (b, l, 2, sum(sizes))
@@ -517,6 +533,8 @@ class ChunkSSM(nn.Module):
         dt = F.softplus(dt.to(at_least_32) + self.dt_bias)                        # (b, l, 2, heads)
         # Both SSMs in one scan: the axis s joins the heads (for u, dt) and the groups (for B, C).
         scan = ssm_scan_ref if a.shape[1] == 1 else ssm_scan
+        if first is not None and _scan_kernel_fits(u, c):
+            scan = partial(_scan_by_kernel, first=first, step=c.chunk_size)
         y, h = scan(u.unflatten(-1, (c.ssm_heads, -1)).flatten(2, 3), dt.flatten(2),
                     -self.A_log.to(at_least_32).exp().flatten(),
                     B.unflatten(-1, (c.ssm_groups, -1)).flatten(2, 3), C.unflatten(-1, (c.ssm_groups, -1)).flatten(2, 3),
@@ -551,7 +569,7 @@ def chunk_conv(x: Tensor, weight: Tensor, boundaries: Optional[Tensor] = None, t
     if tail is not None:
         over = ends[:, l:].flip(1).cumsum(1).flip(1) > 0                          # (b, k-1): a boundary since
         tail = x[:, l:].masked_fill(over.view(*over.shape, *ones), 0)
-    return y[:, x.shape[1] - l:], tail
+    return y[:, x.shape[1] - l:].to(x.dtype), tail
 
 
 def ssm_scan_ref(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
@@ -839,6 +857,8 @@ def _give_keys(x, keys, grad):
 
 @torch.library.custom_op(f"{__name__}::attend", mutates_args=())
 def _attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, first: Tensor, step: int, leading: int) -> tuple[Tensor, Tensor]:
+    if step and _kernels_fit(q):
+        return _attend_kernel(q, k, v, int(first), step, leading)
     b, h, lq, _ = q.shape
     q, k, v = (t.flatten(0, 1).contiguous() for t in (q, k, v))                   # (b h, tokens, d)
     out = torch.zeros_like(q)
@@ -848,12 +868,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, first: Tensor, 
         joined = torch.logaddexp(rows(lse), s)
         rows(out).lerp_(o, torch.exp(s - joined)[..., None].to(o.dtype))
         rows(lse).copy_(joined)
-    return out.unflatten(0, (b, h)), lse.unflatten(0, (b, h))
+    return _by_token(out.unflatten(0, (b, h))), lse.unflatten(0, (b, h))
 
 
 @torch.library.custom_op(f"{__name__}::attend_backward", mutates_args=())
 def _attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, boundaries: Tensor,
                      first: Tensor, step: int, leading: int) -> tuple[Tensor, Tensor, Tensor]:
+    if step and _kernels_fit(q):
+        return _attend_backward_kernel(grad, q, k, v, out, lse, int(first), step, leading)
     b, h, lq, _ = q.shape
     grad, q, k, v, out, lse = (t.flatten(0, 1).contiguous() for t in (grad, q, k, v, out, lse))
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -862,18 +884,22 @@ def _attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
                                        rows(out), rows(lse), mask, causal)
         rows(dq).add_(gq)
         _give_keys(dk, keys, gk), _give_keys(dv, keys, gv)
-    return tuple(t.unflatten(0, (b, h)) for t in (dq, dk, dv))
+    return tuple(_by_token(t.unflatten(0, (b, h))) for t in (dq, dk, dv))
+
+
+def _by_token(x):
+    """The same (b, h, l, d) tensor, laid out in memory as (b, l, h, d): the layout before and after attention."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @_attend.register_fake
 def _(q, k, v, boundaries, first, step, leading):
-    return (torch.empty_like(q, memory_format=torch.contiguous_format),
-            q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32)))
+    return _by_token(torch.empty_like(q)), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @_attend_backward.register_fake
 def _(grad, q, k, v, *_):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    return tuple(_by_token(torch.empty_like(t)) for t in (q, k, v))
 
 
 def _attend_setup(ctx, inputs, output):
@@ -941,3 +967,256 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn channel pairs (i, i + head_dim / 2) of x (b, l, heads, head_dim) by the angles [3]."""
     x1, x2 = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------
+# The optional CUDA path: the same results by Triton kernels, for chunks of a fixed step.
+# Everything above is complete without it; nothing below is needed to understand Attamba.
+
+def _kernels_fit(q: Tensor) -> bool:
+    return (triton is not None and (q.is_cuda or INTERPRET) and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
+            and q.shape[-1] in (16, 32, 64, 128))
+
+
+def _scan_kernel_fits(x: Tensor, config: AttambaConfig) -> bool:
+    p, n = config.ssm_inner // config.ssm_heads, config.ssm_state
+    return (triton is not None and (x.is_cuda or INTERPRET) and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+            and config.chunk_size <= 64 and p in (16, 32, 64, 128) and n in (16, 32, 64, 128))
+
+
+# Queries and keys per tile, warps, pipeline stages: the fastest of those measured on an H200.
+TILES = {"forward": (64, 64, 4, 2), "dq": (64, 64, 4, 2), "dkv window": (64, 64, 4, 2), "dkv chunks": (64, 64, 4, 3)}
+INTERPRET = False  # tests set it to run the kernels on a CPU, through Triton's interpreter
+
+
+if triton is not None:
+
+    @triton.jit
+    def _rows(X, t, S, H: tl.constexpr, D: tl.constexpr):
+        """Tokens t of X (S, H, D) at one head: (t, D), zero outside 0 ... S - 1."""
+        return tl.load(X + t[:, None] * (H * D) + tl.arange(0, D)[None, :], mask=((t >= 0) & (t < S))[:, None], other=0.0)
+
+    @triton.jit
+    def _seen(t, s, L, KIND: tl.constexpr):
+        """Which tokens s the queries t see: in the window (KIND 0) or as chunk ends past it (1)."""
+        far = t[:, None] - s[None, :]
+        return (far > L if KIND else (far >= 0) & (far <= L)) & (s >= 0)[None, :]
+
+    @triton.jit
+    def _see(q, t, j, K, V, S, L, first, m, z, acc, scale, KIND: tl.constexpr, P: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
+        """Online softmax over one more tile of keys: tokens j (KIND 0), chunk ends number j (1), all seen (2)."""
+        s = first + j * P if KIND else j
+        k, v = _rows(K, s, S, H, D), _rows(V, s, S, H, D)
+        x = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if KIND < 2:
+            x = tl.where(_seen(t, s, L, KIND), x, -float("inf"))
+        top = tl.maximum(m, tl.max(x, 1))
+        p, shrink = tl.exp2(x - top[:, None]), tl.exp2(m - top)
+        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        return top, z * shrink + tl.sum(p, 1), acc
+
+    @triton.jit
+    def _chunks_of(start, M, L, first, P, N):
+        """Chunk ends that all of the queries start ... start + M - 1 see, in whole tiles of N; that any sees."""
+        return tl.maximum(start - L - 1 - first + P, 0) // P // N * N, (start + M - 1 - L - 1 - first + P) // P
+
+    @triton.jit
+    def _attend_forward_kernel(Q, K, V, O, LSE, S, L, first, scale, P: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+                               M: tl.constexpr, N: tl.constexpr):
+        """M consecutive queries against the window and the chunk ends before it. Scores in units of log(2)."""
+        row, start = tl.program_id(1), (tl.num_programs(0) - 1 - tl.program_id(0)) * M
+        base = (row // H).to(tl.int64) * S * H * D + (row % H) * D
+        t = start + tl.arange(0, M)
+        q = _rows(Q + base, t, S, H, D)
+        m, z, acc = tl.full((M,), -1e30, tl.float32), tl.zeros((M,), tl.float32), tl.zeros((M, D), tl.float32)
+        for j in range(tl.maximum(start - L, 0) // N * N, start + M, N):
+            m, z, acc = _see(q, t, j + tl.arange(0, N), K + base, V + base, S, L, first, m, z, acc, scale, 0, P, H, D)
+        by_all, by_any = _chunks_of(start, M, L, first, P, N)
+        for j in range(0, by_all, N):
+            m, z, acc = _see(q, t, j + tl.arange(0, N), K + base, V + base, S, L, first, m, z, acc, scale, 2, P, H, D)
+        for j in range(by_all, by_any, N):
+            m, z, acc = _see(q, t, j + tl.arange(0, N), K + base, V + base, S, L, first, m, z, acc, scale, 1, P, H, D)
+        tl.store(O + base + t[:, None] * (H * D) + tl.arange(0, D)[None, :], (acc / z[:, None]).to(O.dtype.element_ty), mask=(t < S)[:, None])
+        tl.store(LSE + row.to(tl.int64) * S + t, m + tl.log2(z), mask=t < S)
+
+    @triton.jit
+    def _see_backward(q, g, lse, delta, t, k, v, s, L, scale, KIND: tl.constexpr):
+        """Softmax weights p and gradients of the scores of queries t and keys s, (t, s) each."""
+        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])
+        if KIND < 2:
+            p = tl.where(_seen(t, s, L, KIND), p, 0.0)
+        return p, p * (tl.dot(g, tl.trans(v), input_precision="ieee") - delta[:, None])
+
+    @triton.jit
+    def _see_dq(q, g, lse, delta, t, j, K, V, S, L, first, dq, scale, KIND: tl.constexpr, P: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
+        s = first + j * P if KIND else j
+        k = _rows(K, s, S, H, D)
+        p, ds = _see_backward(q, g, lse, delta, t, k, _rows(V, s, S, H, D), s, L, scale, KIND)
+        return dq + tl.dot(ds.to(k.dtype), k, input_precision="ieee")
+
+    @triton.jit
+    def _attend_dq_kernel(Q, K, V, O, G, LSE, DELTA, DQ, S, L, first, scale, P: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+                          M: tl.constexpr, N: tl.constexpr):
+        """Gradient of M consecutive queries; also stores delta = sum(out * grad), which the keys need."""
+        row, start = tl.program_id(1), (tl.num_programs(0) - 1 - tl.program_id(0)) * M
+        base = (row // H).to(tl.int64) * S * H * D + (row % H) * D
+        t = start + tl.arange(0, M)
+        q, g = _rows(Q + base, t, S, H, D), _rows(G + base, t, S, H, D)
+        lse = tl.load(LSE + row.to(tl.int64) * S + t, mask=t < S, other=0.0)
+        delta = tl.sum(_rows(O + base, t, S, H, D).to(tl.float32) * g, 1)
+        tl.store(DELTA + row.to(tl.int64) * S + t, delta, mask=t < S)
+        dq = tl.zeros((M, D), tl.float32)
+        for j in range(tl.maximum(start - L, 0) // N * N, start + M, N):
+            dq = _see_dq(q, g, lse, delta, t, j + tl.arange(0, N), K + base, V + base, S, L, first, dq, scale, 0, P, H, D)
+        by_all, by_any = _chunks_of(start, M, L, first, P, N)
+        for j in range(0, by_all, N):
+            dq = _see_dq(q, g, lse, delta, t, j + tl.arange(0, N), K + base, V + base, S, L, first, dq, scale, 2, P, H, D)
+        for j in range(by_all, by_any, N):
+            dq = _see_dq(q, g, lse, delta, t, j + tl.arange(0, N), K + base, V + base, S, L, first, dq, scale, 1, P, H, D)
+        dq *= scale * 0.6931471805599453
+        tl.store(DQ + base + t[:, None] * (H * D) + tl.arange(0, D)[None, :], dq.to(DQ.dtype.element_ty), mask=(t < S)[:, None])
+
+    @triton.jit
+    def _see_dkv(k, v, s, start, Q, G, LSE, DELTA, S, L, dk, dv, scale, KIND: tl.constexpr, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr):
+        t = start + tl.arange(0, M)
+        q, g = _rows(Q, t, S, H, D), _rows(G, t, S, H, D)
+        lse = tl.load(LSE + t, mask=t < S, other=float("inf"))
+        delta = tl.load(DELTA + t, mask=t < S, other=0.0)
+        p, ds = _see_backward(q, g, lse, delta, t, k, v, s, L, scale, KIND)
+        return dk + tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision="ieee"), dv + tl.dot(tl.trans(p.to(g.dtype)), g, input_precision="ieee")
+
+    @triton.jit
+    def _attend_dkv_kernel(Q, K, V, G, LSE, DELTA, DK, DV, S, L, first, scale, KIND: tl.constexpr, P: tl.constexpr,
+                           H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+        """Gradient of N keys: tokens seen in the window (KIND 0), or chunk ends seen past it (1), added to the former."""
+        row, j = tl.program_id(1), tl.program_id(0) * N + tl.arange(0, N)
+        base, line = (row // H).to(tl.int64) * S * H * D + (row % H) * D, row.to(tl.int64) * S
+        s = first + j * P if KIND else j
+        k, v = _rows(K + base, s, S, H, D), _rows(V + base, s, S, H, D)
+        dk, dv = tl.zeros((N, D), tl.float32), tl.zeros((N, D), tl.float32)
+        low = first + tl.program_id(0) * N * P + L + 1 if KIND else tl.program_id(0) * N
+        high = S if KIND else tl.minimum(S, tl.program_id(0) * N + N + L)
+        full = tl.minimum((low + (N - 1) * P + M - 1) // M * M, high) if KIND else high  # from here on all see all
+        for start in range(low // M * M, full, M):
+            dk, dv = _see_dkv(k, v, s, start, Q + base, G + base, LSE + line, DELTA + line, S, L, dk, dv, scale, KIND, H, D, M)
+        if KIND:
+            for start in range(full, high, M):
+                dk, dv = _see_dkv(k, v, s, start, Q + base, G + base, LSE + line, DELTA + line, S, L, dk, dv, scale, 2, H, D, M)
+        dk *= scale * 0.6931471805599453
+        if KIND:
+            dk += _rows(DK + base, s, S, H, D)
+            dv += _rows(DV + base, s, S, H, D)
+        at = s[:, None] * (H * D) + tl.arange(0, D)[None, :]
+        tl.store(DK + base + at, dk.to(DK.dtype.element_ty), mask=(s < S)[:, None])
+        tl.store(DV + base + at, dv.to(DV.dtype.element_ty), mask=(s < S)[:, None])
+
+    @triton.jit
+    def _scan_kernel(U, DT, A, B, C, SKIP, Y, DY, DU, DDT, DA, DB, DC, DSKIP, S, front, P, T, BACKWARD: tl.constexpr,
+                     H: tl.constexpr, G: tl.constexpr, p: tl.constexpr, n: tl.constexpr, Q: tl.constexpr):
+        """ssm_scan for T <= Q tokens, whole chunks of P, and the heads of one group; chunks never cross a tile."""
+        b, g, k = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.program_id(0)
+        i = tl.arange(0, Q)
+        t = tl.where(i < T, k * T + i - front, -1)                                # token of each row of the tile
+        inside = (t >= 0) & (t < S)
+        same = (i[:, None] >= i[None, :]) & (i[:, None] // P == i[None, :] // P)
+        Bs, Cs = _rows(B + (b * S * G + g) * n, t, S, G, n), _rows(C + (b * S * G + g) * n, t, S, G, n)
+        CB = tl.dot(Cs, tl.trans(Bs), input_precision="ieee")                     # (Q, Q)
+        dCB = tl.zeros((Q, Q), tl.float32)
+        for h in range(g * (H // G), (g + 1) * (H // G)):
+            a, skip, at = tl.load(A + h), tl.load(SKIP + h), b * S * H + h
+            dt = tl.load(DT + at + t * H, mask=inside, other=0.0)
+            cum = tl.cumsum(dt * a, 0)
+            decay = tl.where(same, tl.exp(tl.minimum(cum[:, None] - cum[None, :], 0.0)), 0.0)
+            u = _rows(U + at * p, t, S, H, p)
+            x = (u * dt[:, None]).to(U.dtype.element_ty)
+            W = (CB * decay).to(x.dtype)
+            cells = at * p + t[:, None] * (H * p) + tl.arange(0, p)[None, :]
+            if BACKWARD:
+                dy = _rows(DY + at * p, t, S, H, p)
+                dW, dx = tl.dot(dy, tl.trans(x), input_precision="ieee"), tl.dot(tl.trans(W), dy, input_precision="ieee")
+                tl.store(DU + cells, (dx * dt[:, None] + skip * dy).to(DU.dtype.element_ty), mask=inside[:, None])
+                flow = dW * CB * decay                                            # d loss / d (cum_i - cum_j)
+                dlog_a = tl.cumsum(tl.sum(flow, 1) - tl.sum(flow, 0), 0, reverse=True)
+                tl.store(DDT + at + t * H, tl.sum(dx * u, 1) + dlog_a * a, mask=inside)
+                part = (b * tl.num_programs(0) + k) * H + h
+                tl.store(DA + part, tl.sum(dlog_a * dt, 0))
+                tl.store(DSKIP + part, tl.sum(tl.sum(dy.to(tl.float32) * u, 1), 0))
+                dCB += dW * decay
+            else:
+                y = tl.dot(W, x, input_precision="ieee") + skip * u
+                tl.store(Y + cells, y.to(Y.dtype.element_ty), mask=inside[:, None])
+        if BACKWARD:
+            cells = (b * S * G + g) * n + t[:, None] * (G * n) + tl.arange(0, n)[None, :]
+            dCB = dCB.to(Bs.dtype)
+            tl.store(DC + cells, tl.dot(dCB, Bs, input_precision="ieee").to(DC.dtype.element_ty), mask=inside[:, None])
+            tl.store(DB + cells, tl.dot(tl.trans(dCB), Cs, input_precision="ieee").to(DB.dtype.element_ty), mask=inside[:, None])
+
+
+def _attend_kernel(q, k, v, first, step, L):
+    b, h, l, d = q.shape
+    q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))                 # (b, l, h, d)
+    out, lse = torch.empty_like(q), torch.empty(b, h, l, dtype=torch.float32, device=q.device)
+    M, N, warps, stages = TILES["forward"]
+    _attend_forward_kernel[(triton.cdiv(l, M), b * h)](q, k, v, out, lse, l, L, first, math.log2(math.e) / math.sqrt(d), step,
+                                                       h, d, M, N, num_warps=warps, num_stages=stages)
+    return out.transpose(1, 2), lse
+
+
+def _attend_backward_kernel(grad, q, k, v, out, lse, first, step, L):
+    b, h, l, d = q.shape
+    grad, q, k, v, out = (t.transpose(1, 2).contiguous() for t in (grad, q, k, v, out))
+    dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
+    scale, n_ends = math.log2(math.e) / math.sqrt(d), max(0, (l - first - L - 2) // step + 1)
+    M, N, warps, stages = TILES["dq"]
+    _attend_dq_kernel[(triton.cdiv(l, M), b * h)](q, k, v, out, grad, lse, delta, dq, l, L, first, scale, step, h, d, M, N,
+                                                  num_warps=warps, num_stages=stages)
+    for chunks, keys in ((0, l), (1, n_ends)):
+        M, N, warps, stages = TILES["dkv chunks" if chunks else "dkv window"]
+        if keys:
+            _attend_dkv_kernel[(triton.cdiv(keys, N), b * h)](q, k, v, grad, lse, delta, dk, dv, l, L, first, scale,
+                                                              chunks, step, h, d, M, N, num_warps=warps, num_stages=stages)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _scan_launch(u, dt, A, B, C, D, first, step, dy=None):
+    """y, or with dy the gradients of all six inputs."""
+    (b, l, H, p), (g, n) = u.shape, B.shape[2:]
+    u, dt, B, C = u.contiguous(), dt.contiguous(), B.contiguous(), C.contiguous()
+    T, front = 64 // step * step, step - 1 - int(first)
+    grid = (triton.cdiv(front + l, T), b, g)
+    sizes = (l, front, step, T, dy is not None, H, g, p, n, 64)
+    if dy is None:
+        y = torch.empty_like(u)
+        _scan_kernel[grid](u, dt, A, B, C, D, y, *[u] * 7, *sizes)
+        return y
+    du, ddt, dB, dC = torch.empty_like(u), torch.empty_like(dt), torch.empty_like(B), torch.empty_like(C)
+    dA, dD = (torch.empty(b * grid[0], H, dtype=torch.float32, device=u.device) for _ in range(2))
+    _scan_kernel[grid](u, dt, A, B, C, D, u, dy.contiguous(), du, ddt, dA, dB, dC, dD, *sizes)
+    return du, ddt, dA.sum(0), dB, dC, dD.sum(0)
+
+
+@torch.library.custom_op(f"{__name__}::scan", mutates_args=())
+def _scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, first: Tensor, step: int) -> Tensor:
+    return _scan_launch(u, dt, A, B, C, D, first, step)
+
+
+@torch.library.custom_op(f"{__name__}::scan_backward", mutates_args=())
+def _scan_backward(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, first: Tensor, step: int,
+                   dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _scan_launch(u, dt, A, B, C, D, first, step, dy)
+
+
+_scan.register_fake(lambda u, *_: torch.empty_like(u, memory_format=torch.contiguous_format))
+_scan_backward.register_fake(lambda *args: tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in args[:6]))
+
+
+def _scan_setup(ctx, inputs, output):
+    *tensors, ctx.step = inputs
+    ctx.save_for_backward(*tensors)
+
+
+_scan.register_autograd(lambda ctx, dy: (*_scan_backward(*ctx.saved_tensors, ctx.step, dy), None, None), setup_context=_scan_setup)
+
+
+def _scan_by_kernel(u, dt, A, B, C, D, boundaries, h, first, step):
+    return _scan(u, dt, A, B.to(u.dtype), C.to(u.dtype), D, first, step), None
