@@ -440,7 +440,7 @@ class AttambaAttention(nn.Module):
             cache.check(ends)
         first = self.first if boundaries is None else None
         q = self.wq(x).unflatten(-1, (c.n_heads, c.head_dim))                     # (b, l, heads, head_dim)
-        k, v = self.keys_values(x, ends, first, cache).unflatten(-1, (c.n_kv_heads, c.head_dim)).unbind(2)
+        k, v = (t.unflatten(-1, (c.n_kv_heads, c.head_dim)) for t in self.keys_values(x, ends, first, cache))
         rope = rope or rope_angles(start, l, c.head_dim, c.rope_theta, x.device)
         q, k, v = rotate(q, *rope), rotate(k, *rope).to(q.dtype), v.to(q.dtype)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))                          # (b, heads, l, head_dim)
@@ -457,37 +457,36 @@ class AttambaAttention(nn.Module):
                 cache.append(k, v, ends)
         return self.wo(out.transpose(1, 2).flatten(2))
 
-    def keys_values(self, x: Tensor, ends: Tensor, first: Optional[Tensor], cache: Optional[LayerCache] = None) -> Tensor:
-        """Keys (index 0) and values (1) of each token, before RoPE. (b, l, d) -> (b, l, 2, kv_dim)"""
+    def keys_values(self, x: Tensor, ends: Tensor, first: Optional[Tensor], cache: Optional[LayerCache] = None) -> list[Tensor]:
+        """Key and value of each token, before RoPE. x (b, l, d) -> [keys, values], (b, l, kv_dim) each"""
         c = self.config
         if "linear" in c.kv:
-            base = self.wkv(x).unflatten(-1, (2, -1))                             # (b, l, 2, kv_dim)
-            ssm_input = base
+            ssm_input = self.wkv(x).unflatten(-1, (2, -1))                        # (b, l, 2, kv_dim)
+            base = ssm_input.unbind(2)
         else:  # the residual; with fewer key heads than query heads, the mean over each group
-            base = ssm_input = x
+            ssm_input = mean = x
             if c.n_kv_heads != c.n_heads:
-                base = x.unflatten(-1, (c.n_kv_heads, -1, c.head_dim)).mean(-2).flatten(-2)
-            base = base.unsqueeze(2)                                              # the same for keys and values
+                mean = x.unflatten(-1, (c.n_kv_heads, -1, c.head_dim)).mean(-2).flatten(-2)
+            base = mean, mean                                                     # the same for keys and values
         if "ssm" not in c.kv:
             return base
-        if first is None or (cache and cache.position):
-            y, (h, conv) = self.ssm(ssm_input, ends, *((cache.h, cache.conv) if cache else ()))
-        elif torch.compiler.is_compiling() or _scan_kernel_fits(x, c):
-            y, _ = self.ssm(ssm_input, ends, first=first)
+        l, fresh = x.shape[1], cache is None or cache.position == 0
+        if first is None or not fresh:
+            out, state = self.ssm(ssm_input, ends, *((cache.h, cache.conv) if cache else ()))
+        elif torch.compiler.is_compiling() or _ssm_kernel_fits(x, c):
+            out, _ = self.ssm(ssm_input, ends, first=first)
         else:  # chunks of one length: each is a sequence of its own, so they make a batch
-            P, l = c.chunk_size, x.shape[1]
+            P = c.chunk_size
             front = P - 1 - int(first)                                            # zeros in front change nothing:
             padded = F.pad(ssm_input, (0, 0) * (ssm_input.dim() - 2) + (front, -(front + l) % P))   # no bias in the SSM
-            y, _ = self.ssm(padded.unflatten(1, (-1, P)).flatten(0, 1))           # (b chunks, P, 2, kv_dim)
-            y = y.unflatten(0, (len(x), -1)).flatten(1, 2)[:, front:front + l]
-        if cache:
-            if first is not None and cache.position == 0:  # what is left is the state of the tokens after the last chunk
-                done = x.shape[1] - (x.shape[1] - 1 - int(first)) % c.chunk_size if x.shape[1] > first else 0
-                if done == x.shape[1]:
-                    return base + y
-                _, (h, conv) = self.ssm(ssm_input[:, done:], ends[:, done:], cache.h, cache.conv)
-            cache.h.copy_(h.detach()), cache.conv.copy_(conv.detach())
-        return base + y
+            out, _ = self.ssm(padded.unflatten(1, (-1, P)).flatten(0, 1))         # (b chunks, P, kv_dim) each
+            out = [y.unflatten(0, (len(x), -1)).flatten(1, 2)[:, front:front + l] for y in out]
+        if cache and first is not None and fresh:  # the state to keep: of the tokens after the last boundary
+            after = l - (l - 1 - int(first)) % c.chunk_size if l > first else 0
+            state = self.ssm(ssm_input[:, after:], ends[:, after:], cache.h, cache.conv)[1] if after < l else None
+        if cache and state:
+            cache.h.copy_(state[0].detach()), cache.conv.copy_(state[1].detach())
+        return [a + y for a, y in zip(base, out)]
 
 
 # ---------------------------------------------------------------------------------------
@@ -520,28 +519,29 @@ class ChunkSSM(nn.Module):
     def forward(self, a: Tensor, boundaries: Optional[Tensor] = None, h: Optional[Tensor] = None,
                 conv: Optional[Tensor] = None, first: Optional[Tensor] = None):
         """a (b, l, d) for both SSMs or (b, l, 2, d), boundaries (b or 1, l) bool or None for none,
-        state as in LayerCache, first as in `attend` -> out (b, l, 2, dim_out), (h, conv) after the last token."""
-        c = self.config
+        state as in LayerCache, first as in `attend` -> [keys, values] (b, l, dim_out) each, (h, conv) after the last token."""
+        c, gn = self.config, self.config.ssm_groups * self.config.ssm_state
         if a.dim() == 3:
             proj = F.linear(a, self.w_in.flatten(0, 1)).unflatten(-1, (2, -1))    # (b, l, 2, sum(sizes))
         else:
             proj = torch.einsum("blsd,sed->blse", a, self.w_in)
-        z, ubc, dt = proj.split(self.sizes, -1)
-        ubc, conv = chunk_conv(ubc, self.w_conv, boundaries, conv)
-        u, B, C = F.silu(ubc).split((c.ssm_inner, c.ssm_groups * c.ssm_state, c.ssm_groups * c.ssm_state), -1)
-        at_least_32 = torch.promote_types(dt.dtype, torch.float32)
-        dt = F.softplus(dt.to(at_least_32) + self.dt_bias)                        # (b, l, 2, heads)
-        # Both SSMs in one scan: the axis s joins the heads (for u, dt) and the groups (for B, C).
-        scan = ssm_scan_ref if a.shape[1] == 1 else ssm_scan
-        if first is not None and _scan_kernel_fits(u, c):
-            scan = partial(_scan_by_kernel, first=first, step=c.chunk_size)
-        y, h = scan(u.unflatten(-1, (c.ssm_heads, -1)).flatten(2, 3), dt.flatten(2),
-                    -self.A_log.to(at_least_32).exp().flatten(),
-                    B.unflatten(-1, (c.ssm_groups, -1)).flatten(2, 3), C.unflatten(-1, (c.ssm_groups, -1)).flatten(2, 3),
-                    self.D.to(at_least_32).flatten(), boundaries, h)              # (b, l, 2 heads, p)
-        y = y.flatten(2).unflatten(-1, (2, -1)) * F.silu(z)                       # (b, l, 2, inner)
-        y = F.rms_norm(y, y.shape[-1:], eps=c.norm_eps).to(z.dtype)               # W_out absorbs the norm's weight
-        return torch.einsum("blsi,sei->blse", y, self.w_out), (h, conv)
+        at_least_32 = torch.promote_types(proj.dtype, torch.float32)
+        A, D, dt_bias = (t.to(at_least_32) for t in (-self.A_log.to(at_least_32).exp(), self.D, self.dt_bias))
+        if first is not None and _ssm_kernel_fits(proj, c):
+            y = _ssm(proj, self.w_conv, dt_bias, A, D, first, c.chunk_size, c.ssm_inner, c.ssm_groups)
+        else:
+            z, ubc, dt = proj.split(self.sizes, -1)
+            ubc, conv = chunk_conv(ubc, self.w_conv, boundaries, conv)
+            u, B, C = F.silu(ubc).split((c.ssm_inner, gn, gn), -1)
+            dt = F.softplus(dt.to(at_least_32) + dt_bias)                         # (b, l, 2, heads)
+            # Both SSMs in one scan: the axis s joins the heads (of u, dt) and the groups (of B, C).
+            scan = ssm_scan_ref if a.shape[1] == 1 else ssm_scan
+            y, h = scan(u.unflatten(-1, (c.ssm_heads, -1)).flatten(2, 3), dt.flatten(2), A.flatten(),
+                        B.unflatten(-1, (c.ssm_groups, -1)).flatten(2, 3), C.unflatten(-1, (c.ssm_groups, -1)).flatten(2, 3),
+                        D.flatten(), boundaries, h)                               # (b, l, 2 heads, p)
+            y = y.flatten(2).unflatten(-1, (2, -1)) * F.silu(z)                   # (b, l, 2, inner)
+        y = F.rms_norm(y, y.shape[-1:], eps=c.norm_eps).to(proj.dtype)            # W_out absorbs the norm's weight
+        return [F.linear(y_s, w) for y_s, w in zip(y.unbind(2), self.w_out)], (h, conv)
 
 
 def chunk_conv(x: Tensor, weight: Tensor, boundaries: Optional[Tensor] = None, tail: Optional[Tensor] = None):
@@ -770,7 +770,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, leading_tokens: 
         L, boundaries, first = l - 1, torch.zeros_like(boundaries[:1]), None
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     step = 0 if first is None else chunk_size
-    return _attend(q, k, v, boundaries, torch.zeros((), dtype=torch.long) if first is None else first, step, L)[0]
+    q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))                 # (b, l, h, d)
+    return _attend(q, k, v, boundaries, torch.zeros((), dtype=torch.long) if first is None else first, step, L)[0].transpose(1, 2)
 
 
 def _parts(lq, l, L, boundaries, first, step):
@@ -859,47 +860,43 @@ def _give_keys(x, keys, grad):
 def _attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, first: Tensor, step: int, leading: int) -> tuple[Tensor, Tensor]:
     if step and _kernels_fit(q):
         return _attend_kernel(q, k, v, int(first), step, leading)
-    b, h, lq, _ = q.shape
-    q, k, v = (t.flatten(0, 1).contiguous() for t in (q, k, v))                   # (b h, tokens, d)
+    (b, lq, h, _), l = q.shape, k.shape[1]
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))                # (b h, tokens, d)
     out = torch.zeros_like(q)
     lse = torch.full(out.shape[:2], -math.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    for rows, keys, mask, causal in _parts(lq, k.shape[1], leading, _per_head(boundaries, h), first, step):
+    for rows, keys, mask, causal in _parts(lq, l, leading, _per_head(boundaries, h), first, step):
         o, s = _softmax(rows(q), _take_keys(k, keys), _take_keys(v, keys), mask, causal)
         joined = torch.logaddexp(rows(lse), s)
         rows(out).lerp_(o, torch.exp(s - joined)[..., None].to(o.dtype))
         rows(lse).copy_(joined)
-    return _by_token(out.unflatten(0, (b, h))), lse.unflatten(0, (b, h))
+    return out.unflatten(0, (b, h)).transpose(1, 2).contiguous(), lse.unflatten(0, (b, h))
 
 
 @torch.library.custom_op(f"{__name__}::attend_backward", mutates_args=())
 def _attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, boundaries: Tensor,
                      first: Tensor, step: int, leading: int) -> tuple[Tensor, Tensor, Tensor]:
     if step and _kernels_fit(q):
-        return _attend_backward_kernel(grad, q, k, v, out, lse, int(first), step, leading)
-    b, h, lq, _ = q.shape
-    grad, q, k, v, out, lse = (t.flatten(0, 1).contiguous() for t in (grad, q, k, v, out, lse))
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for rows, keys, mask, causal in _parts(lq, k.shape[1], leading, _per_head(boundaries, h), first, step):
+        return _attend_backward_kernel(grad.contiguous(), q, k, v, out, lse, int(first), step, leading)
+    (b, lq, h, _), l = q.shape, k.shape[1]
+    grad, q, k, v, out = (t.transpose(1, 2).flatten(0, 1) for t in (grad, q, k, v, out))
+    lse, dq, dk, dv = lse.flatten(0, 1), torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for rows, keys, mask, causal in _parts(lq, l, leading, _per_head(boundaries, h), first, step):
         gq, gk, gv = _softmax_backward(rows(grad), rows(q), _take_keys(k, keys), _take_keys(v, keys),
                                        rows(out), rows(lse), mask, causal)
         rows(dq).add_(gq)
         _give_keys(dk, keys, gk), _give_keys(dv, keys, gv)
-    return tuple(_by_token(t.unflatten(0, (b, h))) for t in (dq, dk, dv))
-
-
-def _by_token(x):
-    """The same (b, h, l, d) tensor, laid out in memory as (b, l, h, d): the layout before and after attention."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+    return tuple(t.unflatten(0, (b, h)).transpose(1, 2).contiguous() for t in (dq, dk, dv))
 
 
 @_attend.register_fake
 def _(q, k, v, boundaries, first, step, leading):
-    return _by_token(torch.empty_like(q)), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    b, l, h, _ = q.shape
+    return torch.empty_like(q), q.new_empty(b, h, l, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @_attend_backward.register_fake
 def _(grad, q, k, v, *_):
-    return tuple(_by_token(torch.empty_like(t)) for t in (q, k, v))
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _attend_setup(ctx, inputs, output):
@@ -978,23 +975,23 @@ def _kernels_fit(q: Tensor) -> bool:
             and q.shape[-1] in (16, 32, 64, 128))
 
 
-def _scan_kernel_fits(x: Tensor, config: AttambaConfig) -> bool:
+def _ssm_kernel_fits(x: Tensor, config: AttambaConfig) -> bool:
     p, n = config.ssm_inner // config.ssm_heads, config.ssm_state
     return (triton is not None and (x.is_cuda or INTERPRET) and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
             and config.chunk_size <= 64 and p in (16, 32, 64, 128) and n in (16, 32, 64, 128))
 
 
 # Queries and keys per tile, warps, pipeline stages: the fastest of those measured on an H200.
-TILES = {"forward": (64, 64, 4, 2), "dq": (64, 64, 4, 2), "dkv window": (64, 64, 4, 2), "dkv chunks": (64, 64, 4, 3)}
+TILES = {"forward": (64, 64, 4, 2), "dq": (64, 64, 4, 2), "dkv window": (64, 64, 4, 2), "dkv chunks": (64, 64, 4, 3), "ssm": (16, 1), "ssm backward": (16, 1)}
 INTERPRET = False  # tests set it to run the kernels on a CPU, through Triton's interpreter
 
 
 if triton is not None:
 
     @triton.jit
-    def _rows(X, t, S, H: tl.constexpr, D: tl.constexpr):
-        """Tokens t of X (S, H, D) at one head: (t, D), zero outside 0 ... S - 1."""
-        return tl.load(X + t[:, None] * (H * D) + tl.arange(0, D)[None, :], mask=((t >= 0) & (t < S))[:, None], other=0.0)
+    def _rows(X, t, S, H: tl.constexpr, size: tl.constexpr, D: tl.constexpr):
+        """The first D entries at tokens t of X (S, H, size) at one head: (t, D), zero outside 0 ... S - 1."""
+        return tl.load(X + t[:, None] * (H * size) + tl.arange(0, D)[None, :], mask=((t >= 0) & (t < S))[:, None], other=0.0)
 
     @triton.jit
     def _seen(t, s, L, KIND: tl.constexpr):
@@ -1006,13 +1003,13 @@ if triton is not None:
     def _see(q, t, j, K, V, S, L, first, m, z, acc, scale, KIND: tl.constexpr, P: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
         """Online softmax over one more tile of keys: tokens j (KIND 0), chunk ends number j (1), all seen (2)."""
         s = first + j * P if KIND else j
-        k, v = _rows(K, s, S, H, D), _rows(V, s, S, H, D)
-        x = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        k, v = _rows(K, s, S, H, D, D), _rows(V, s, S, H, D, D)
+        x = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
         if KIND < 2:
             x = tl.where(_seen(t, s, L, KIND), x, -float("inf"))
         top = tl.maximum(m, tl.max(x, 1))
         p, shrink = tl.exp2(x - top[:, None]), tl.exp2(m - top)
-        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="tf32x3")
         return top, z * shrink + tl.sum(p, 1), acc
 
     @triton.jit
@@ -1027,7 +1024,7 @@ if triton is not None:
         row, start = tl.program_id(1), (tl.num_programs(0) - 1 - tl.program_id(0)) * M
         base = (row // H).to(tl.int64) * S * H * D + (row % H) * D
         t = start + tl.arange(0, M)
-        q = _rows(Q + base, t, S, H, D)
+        q = _rows(Q + base, t, S, H, D, D)
         m, z, acc = tl.full((M,), -1e30, tl.float32), tl.zeros((M,), tl.float32), tl.zeros((M, D), tl.float32)
         for j in range(tl.maximum(start - L, 0) // N * N, start + M, N):
             m, z, acc = _see(q, t, j + tl.arange(0, N), K + base, V + base, S, L, first, m, z, acc, scale, 0, P, H, D)
@@ -1042,17 +1039,17 @@ if triton is not None:
     @triton.jit
     def _see_backward(q, g, lse, delta, t, k, v, s, L, scale, KIND: tl.constexpr):
         """Softmax weights p and gradients of the scores of queries t and keys s, (t, s) each."""
-        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])
+        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale - lse[:, None])
         if KIND < 2:
             p = tl.where(_seen(t, s, L, KIND), p, 0.0)
-        return p, p * (tl.dot(g, tl.trans(v), input_precision="ieee") - delta[:, None])
+        return p, p * (tl.dot(g, tl.trans(v), input_precision="tf32x3") - delta[:, None])
 
     @triton.jit
     def _see_dq(q, g, lse, delta, t, j, K, V, S, L, first, dq, scale, KIND: tl.constexpr, P: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
         s = first + j * P if KIND else j
-        k = _rows(K, s, S, H, D)
-        p, ds = _see_backward(q, g, lse, delta, t, k, _rows(V, s, S, H, D), s, L, scale, KIND)
-        return dq + tl.dot(ds.to(k.dtype), k, input_precision="ieee")
+        k = _rows(K, s, S, H, D, D)
+        p, ds = _see_backward(q, g, lse, delta, t, k, _rows(V, s, S, H, D, D), s, L, scale, KIND)
+        return dq + tl.dot(ds.to(k.dtype), k, input_precision="tf32x3")
 
     @triton.jit
     def _attend_dq_kernel(Q, K, V, O, G, LSE, DELTA, DQ, S, L, first, scale, P: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
@@ -1061,9 +1058,9 @@ if triton is not None:
         row, start = tl.program_id(1), (tl.num_programs(0) - 1 - tl.program_id(0)) * M
         base = (row // H).to(tl.int64) * S * H * D + (row % H) * D
         t = start + tl.arange(0, M)
-        q, g = _rows(Q + base, t, S, H, D), _rows(G + base, t, S, H, D)
+        q, g = _rows(Q + base, t, S, H, D, D), _rows(G + base, t, S, H, D, D)
         lse = tl.load(LSE + row.to(tl.int64) * S + t, mask=t < S, other=0.0)
-        delta = tl.sum(_rows(O + base, t, S, H, D).to(tl.float32) * g, 1)
+        delta = tl.sum(_rows(O + base, t, S, H, D, D).to(tl.float32) * g, 1)
         tl.store(DELTA + row.to(tl.int64) * S + t, delta, mask=t < S)
         dq = tl.zeros((M, D), tl.float32)
         for j in range(tl.maximum(start - L, 0) // N * N, start + M, N):
@@ -1079,11 +1076,11 @@ if triton is not None:
     @triton.jit
     def _see_dkv(k, v, s, start, Q, G, LSE, DELTA, S, L, dk, dv, scale, KIND: tl.constexpr, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr):
         t = start + tl.arange(0, M)
-        q, g = _rows(Q, t, S, H, D), _rows(G, t, S, H, D)
+        q, g = _rows(Q, t, S, H, D, D), _rows(G, t, S, H, D, D)
         lse = tl.load(LSE + t, mask=t < S, other=float("inf"))
         delta = tl.load(DELTA + t, mask=t < S, other=0.0)
         p, ds = _see_backward(q, g, lse, delta, t, k, v, s, L, scale, KIND)
-        return dk + tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision="ieee"), dv + tl.dot(tl.trans(p.to(g.dtype)), g, input_precision="ieee")
+        return dk + tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision="tf32x3"), dv + tl.dot(tl.trans(p.to(g.dtype)), g, input_precision="tf32x3")
 
     @triton.jit
     def _attend_dkv_kernel(Q, K, V, G, LSE, DELTA, DK, DV, S, L, first, scale, KIND: tl.constexpr, P: tl.constexpr,
@@ -1092,7 +1089,7 @@ if triton is not None:
         row, j = tl.program_id(1), tl.program_id(0) * N + tl.arange(0, N)
         base, line = (row // H).to(tl.int64) * S * H * D + (row % H) * D, row.to(tl.int64) * S
         s = first + j * P if KIND else j
-        k, v = _rows(K + base, s, S, H, D), _rows(V + base, s, S, H, D)
+        k, v = _rows(K + base, s, S, H, D, D), _rows(V + base, s, S, H, D, D)
         dk, dv = tl.zeros((N, D), tl.float32), tl.zeros((N, D), tl.float32)
         low = first + tl.program_id(0) * N * P + L + 1 if KIND else tl.program_id(0) * N
         high = S if KIND else tl.minimum(S, tl.program_id(0) * N + N + L)
@@ -1104,67 +1101,116 @@ if triton is not None:
                 dk, dv = _see_dkv(k, v, s, start, Q + base, G + base, LSE + line, DELTA + line, S, L, dk, dv, scale, 2, H, D, M)
         dk *= scale * 0.6931471805599453
         if KIND:
-            dk += _rows(DK + base, s, S, H, D)
-            dv += _rows(DV + base, s, S, H, D)
+            dk += _rows(DK + base, s, S, H, D, D)
+            dv += _rows(DV + base, s, S, H, D, D)
         at = s[:, None] * (H * D) + tl.arange(0, D)[None, :]
         tl.store(DK + base + at, dk.to(DK.dtype.element_ty), mask=(s < S)[:, None])
         tl.store(DV + base + at, dv.to(DV.dtype.element_ty), mask=(s < S)[:, None])
 
     @triton.jit
-    def _scan_kernel(U, DT, A, B, C, SKIP, Y, DY, DU, DDT, DA, DB, DC, DSKIP, S, front, P, T, BACKWARD: tl.constexpr,
-                     H: tl.constexpr, G: tl.constexpr, p: tl.constexpr, n: tl.constexpr, Q: tl.constexpr):
-        """ssm_scan for T <= Q tokens, whole chunks of P, and the heads of one group; chunks never cross a tile."""
-        b, g, k = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.program_id(0)
+    def _earlier(X, t, j, S, size: tl.constexpr, c: tl.constexpr, P: tl.constexpr, Q: tl.constexpr):
+        """The first c entries of X (S, 2, size) at tokens t - j, zero where those lie in another chunk: (Q, c)."""
+        return _rows(X, tl.where(tl.arange(0, Q) % P >= j, t - j, -1), S, 2, size, c)
+
+    @triton.jit
+    def _conv(X, t, W, S, size: tl.constexpr, width: tl.constexpr, c: tl.constexpr, K: tl.constexpr, P: tl.constexpr, Q: tl.constexpr):
+        """chunk_conv of c channels of X at the tokens t, with weights W (K, width). (Q, c)"""
+        w = W + tl.arange(0, c)
+        y = tl.load(w)[None, :] * _earlier(X, t, 0, S, size, c, P, Q)
+        for j in tl.static_range(1, K):
+            y += tl.load(w + j * width)[None, :] * _earlier(X, t, j, S, size, c, P, Q)
+        return y
+
+    @triton.jit
+    def _conv_backward(X, t, y, dout, W, DX, DW, S, size: tl.constexpr, width: tl.constexpr, c: tl.constexpr, K: tl.constexpr,
+                       P: tl.constexpr, Q: tl.constexpr):
+        """Gradient of X to DX, and of W (this tile's part) to DW, where out = SiLU(y), y = _conv(X)."""
+        i, at, gate = tl.arange(0, Q), tl.arange(0, c), tl.sigmoid(y)
+        dy = dout * gate * (1 + y * (1 - gate))
+        low = dy.to(X.dtype.element_ty)
+        dx = tl.load(W + at)[None, :] * dy
+        tl.store(DW + at, tl.sum(dy * _earlier(X, t, 0, S, size, c, P, Q), 0))
+        for j in tl.static_range(1, K):
+            later = (i[:, None] + j == i[None, :]) & (i[:, None] // P == i[None, :] // P)      # dx_i takes dy_{i+j}: a product
+            dx += tl.load(W + at + j * width)[None, :] * tl.dot(later.to(low.dtype), low, input_precision="tf32x3")   # with 0 and 1
+            tl.store(DW + at + j * width, tl.sum(dy * _earlier(X, t, j, S, size, c, P, Q), 0))
+        tl.store(DX + t[:, None] * (2 * size) + at[None, :], dx.to(DX.dtype.element_ty), mask=((t >= 0) & (t < S))[:, None])
+
+    @triton.jit
+    def _ssm_kernel(X, W, BIAS, A, SKIP, Y, DY, DX, DW, DBIAS, DA, DSKIP, S, front, T, BACKWARD: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
+                    H: tl.constexpr, G: tl.constexpr, p: tl.constexpr, n: tl.constexpr, Q: tl.constexpr):
+        """From W_in a (b, S, 2, z | u B C | dt) to y * SiLU(z) (b, S, 2, H p): convolution, scan and gate of
+        T <= Q tokens, whole chunks of P, and the heads of one group of one SSM; no chunk crosses a tile."""
+        k, b, s, g = tl.program_id(0), tl.program_id(1), tl.program_id(2) // G, tl.program_id(2) % G
+        inner: tl.constexpr = H * p
+        width: tl.constexpr = 2 * (inner + 2 * G * n)                             # of the convolution, both SSMs
+        size: tl.constexpr = 2 * inner + 2 * G * n + H                            # of a row of X
         i = tl.arange(0, Q)
         t = tl.where(i < T, k * T + i - front, -1)                                # token of each row of the tile
         inside = (t >= 0) & (t < S)
+        row = (b.to(tl.int64) * S * 2 + s) * size
+        part = b * tl.num_programs(0) + k                                         # gradients of weights: one line a tile
+        W += s * (width // 2)
+        DW += part.to(tl.int64) * K * width + s * (width // 2)
         same = (i[:, None] >= i[None, :]) & (i[:, None] // P == i[None, :] // P)
-        Bs, Cs = _rows(B + (b * S * G + g) * n, t, S, G, n), _rows(C + (b * S * G + g) * n, t, S, G, n)
-        CB = tl.dot(Cs, tl.trans(Bs), input_precision="ieee")                     # (Q, Q)
+        at_B, at_C = inner + g * n, inner + (G + g) * n                           # within u B C
+        XU = X + row + inner
+        cB, cC = _conv(XU + at_B, t, W + at_B, S, size, width, n, K, P, Q), _conv(XU + at_C, t, W + at_C, S, size, width, n, K, P, Q)
+        Bs, Cs = (cB * tl.sigmoid(cB)).to(X.dtype.element_ty), (cC * tl.sigmoid(cC)).to(X.dtype.element_ty)
+        CB = tl.dot(Cs, tl.trans(Bs), input_precision="tf32x3")                     # (Q, Q)
         dCB = tl.zeros((Q, Q), tl.float32)
         for h in range(g * (H // G), (g + 1) * (H // G)):
-            a, skip, at = tl.load(A + h), tl.load(SKIP + h), b * S * H + h
-            dt = tl.load(DT + at + t * H, mask=inside, other=0.0)
+            a, skip, at_dt = tl.load(A + s * H + h), tl.load(SKIP + s * H + h), row + size - H + h + t * (2 * size)
+            v = tl.load(X + at_dt, mask=inside, other=0.0).to(tl.float32) + tl.load(BIAS + s * H + h)
+            dt = tl.where(inside, tl.where(v > 20.0, v, tl.log(1 + tl.exp(v))), 0.0)   # softplus
             cum = tl.cumsum(dt * a, 0)
             decay = tl.where(same, tl.exp(tl.minimum(cum[:, None] - cum[None, :], 0.0)), 0.0)
-            u = _rows(U + at * p, t, S, H, p)
-            x = (u * dt[:, None]).to(U.dtype.element_ty)
-            W = (CB * decay).to(x.dtype)
-            cells = at * p + t[:, None] * (H * p) + tl.arange(0, p)[None, :]
+            cu = _conv(XU + h * p, t, W + h * p, S, size, width, p, K, P, Q)
+            u = cu * tl.sigmoid(cu)
+            x = (u * dt[:, None]).to(X.dtype.element_ty)
+            M = (CB * decay).to(X.dtype.element_ty)
+            y = tl.dot(M, x, input_precision="tf32x3") + skip * u
+            z = _rows(X + row + h * p, t, S, 2, size, p).to(tl.float32)
+            gate = tl.sigmoid(z)
+            cells = (b.to(tl.int64) * S * 2 + s) * inner + h * p + t[:, None] * (2 * inner) + tl.arange(0, p)[None, :]
             if BACKWARD:
-                dy = _rows(DY + at * p, t, S, H, p)
-                dW, dx = tl.dot(dy, tl.trans(x), input_precision="ieee"), tl.dot(tl.trans(W), dy, input_precision="ieee")
-                tl.store(DU + cells, (dx * dt[:, None] + skip * dy).to(DU.dtype.element_ty), mask=inside[:, None])
-                flow = dW * CB * decay                                            # d loss / d (cum_i - cum_j)
+                dout = tl.load(DY + cells, mask=inside[:, None], other=0.0).to(tl.float32)
+                at_z = row + t[:, None] * (2 * size) + h * p + tl.arange(0, p)[None, :]
+                tl.store(DX + at_z, (dout * y * gate * (1 + z * (1 - gate))).to(DX.dtype.element_ty), mask=inside[:, None])
+                dy = dout * z * gate
+                low = dy.to(X.dtype.element_ty)
+                dM, dx = tl.dot(low, tl.trans(x), input_precision="tf32x3"), tl.dot(tl.trans(M), low, input_precision="tf32x3")
+                flow = dM * CB * decay                                            # d loss / d (cum_i - cum_j)
                 dlog_a = tl.cumsum(tl.sum(flow, 1) - tl.sum(flow, 0), 0, reverse=True)
-                tl.store(DDT + at + t * H, tl.sum(dx * u, 1) + dlog_a * a, mask=inside)
-                part = (b * tl.num_programs(0) + k) * H + h
-                tl.store(DA + part, tl.sum(dlog_a * dt, 0))
-                tl.store(DSKIP + part, tl.sum(tl.sum(dy.to(tl.float32) * u, 1), 0))
-                dCB += dW * decay
+                dv = (tl.sum(dx * u, 1) + dlog_a * a) * tl.sigmoid(v)
+                tl.store(DX + at_dt, dv.to(DX.dtype.element_ty), mask=inside)
+                at = part * (2 * H) + s * H + h
+                tl.store(DBIAS + at, tl.sum(tl.where(inside, dv, 0.0), 0))
+                tl.store(DA + at, tl.sum(dlog_a * dt, 0))
+                tl.store(DSKIP + at, tl.sum(tl.sum(dy * u, 1), 0))
+                _conv_backward(XU + h * p, t, cu, dx * dt[:, None] + skip * dy, W + h * p, DX + row + inner + h * p, DW + h * p,
+                               S, size, width, p, K, P, Q)
+                dCB += dM * decay
             else:
-                y = tl.dot(W, x, input_precision="ieee") + skip * u
-                tl.store(Y + cells, y.to(Y.dtype.element_ty), mask=inside[:, None])
+                tl.store(Y + cells, (y * z * gate).to(Y.dtype.element_ty), mask=inside[:, None])
         if BACKWARD:
-            cells = (b * S * G + g) * n + t[:, None] * (G * n) + tl.arange(0, n)[None, :]
-            dCB = dCB.to(Bs.dtype)
-            tl.store(DC + cells, tl.dot(dCB, Bs, input_precision="ieee").to(DC.dtype.element_ty), mask=inside[:, None])
-            tl.store(DB + cells, tl.dot(tl.trans(dCB), Cs, input_precision="ieee").to(DB.dtype.element_ty), mask=inside[:, None])
+            low = dCB.to(Bs.dtype)
+            dB, dC = tl.dot(tl.trans(low), Cs, input_precision="tf32x3"), tl.dot(low, Bs, input_precision="tf32x3")
+            _conv_backward(XU + at_B, t, cB, dB, W + at_B, DX + row + inner + at_B, DW + at_B, S, size, width, n, K, P, Q)
+            _conv_backward(XU + at_C, t, cC, dC, W + at_C, DX + row + inner + at_C, DW + at_C, S, size, width, n, K, P, Q)
 
 
 def _attend_kernel(q, k, v, first, step, L):
-    b, h, l, d = q.shape
-    q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))                 # (b, l, h, d)
+    b, l, h, d = q.shape
     out, lse = torch.empty_like(q), torch.empty(b, h, l, dtype=torch.float32, device=q.device)
     M, N, warps, stages = TILES["forward"]
     _attend_forward_kernel[(triton.cdiv(l, M), b * h)](q, k, v, out, lse, l, L, first, math.log2(math.e) / math.sqrt(d), step,
                                                        h, d, M, N, num_warps=warps, num_stages=stages)
-    return out.transpose(1, 2), lse
+    return out, lse
 
 
 def _attend_backward_kernel(grad, q, k, v, out, lse, first, step, L):
-    b, h, l, d = q.shape
-    grad, q, k, v, out = (t.transpose(1, 2).contiguous() for t in (grad, q, k, v, out))
+    b, l, h, d = q.shape
     dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
     scale, n_ends = math.log2(math.e) / math.sqrt(d), max(0, (l - first - L - 2) // step + 1)
     M, N, warps, stages = TILES["dq"]
@@ -1175,48 +1221,50 @@ def _attend_backward_kernel(grad, q, k, v, out, lse, first, step, L):
         if keys:
             _attend_dkv_kernel[(triton.cdiv(keys, N), b * h)](q, k, v, grad, lse, delta, dk, dv, l, L, first, scale,
                                                               chunks, step, h, d, M, N, num_warps=warps, num_stages=stages)
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+    return dq, dk, dv
 
 
-def _scan_launch(u, dt, A, B, C, D, first, step, dy=None):
-    """y, or with dy the gradients of all six inputs."""
-    (b, l, H, p), (g, n) = u.shape, B.shape[2:]
-    u, dt, B, C = u.contiguous(), dt.contiguous(), B.contiguous(), C.contiguous()
-    T, front = 64 // step * step, step - 1 - int(first)
-    grid = (triton.cdiv(front + l, T), b, g)
-    sizes = (l, front, step, T, dy is not None, H, g, p, n, 64)
+def _ssm_launch(x, w, bias, A, D, first, step, inner, groups, dy=None):
+    """y, or with dy the gradients of x, w, bias, A, D."""
+    (b, l, _, size), K, H = x.shape, len(w), A.shape[1]
+    Q, warps = TILES["ssm" if dy is None else "ssm backward"]
+    Q = max(Q, triton.next_power_of_2(step))
+    T, front, n = Q // step * step, step - 1 - int(first), (w.shape[2] - inner) // 2 // groups
+    grid = (triton.cdiv(front + l, T), b, 2 * groups)
+    sizes = (l, front, T, dy is not None, step, K, H, groups, inner // H, n, Q)
+    x, w = x.contiguous(), w.contiguous()
     if dy is None:
-        y = torch.empty_like(u)
-        _scan_kernel[grid](u, dt, A, B, C, D, y, *[u] * 7, *sizes)
+        y = x.new_empty(b, l, 2, inner)
+        _ssm_kernel[grid](x, w, bias, A, D, y, *[y] * 6, *sizes, num_warps=warps)
         return y
-    du, ddt, dB, dC = torch.empty_like(u), torch.empty_like(dt), torch.empty_like(B), torch.empty_like(C)
-    dA, dD = (torch.empty(b * grid[0], H, dtype=torch.float32, device=u.device) for _ in range(2))
-    _scan_kernel[grid](u, dt, A, B, C, D, u, dy.contiguous(), du, ddt, dA, dB, dC, dD, *sizes)
-    return du, ddt, dA.sum(0), dB, dC, dD.sum(0)
+    dx, dw = torch.empty_like(x), torch.empty(b * grid[0], *w.shape, dtype=torch.float32, device=x.device)
+    dbias, dA, dD = (torch.empty(b * grid[0], 2, H, dtype=torch.float32, device=x.device) for _ in range(3))
+    _ssm_kernel[grid](x, w, bias, A, D, x, dy.contiguous(), dx, dw, dbias, dA, dD, *sizes, num_warps=warps)
+    return dx, dw.sum(0).to(w.dtype), dbias.sum(0), dA.sum(0), dD.sum(0)
 
 
-@torch.library.custom_op(f"{__name__}::scan", mutates_args=())
-def _scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, first: Tensor, step: int) -> Tensor:
-    return _scan_launch(u, dt, A, B, C, D, first, step)
+@torch.library.custom_op(f"{__name__}::ssm", mutates_args=())
+def _ssm(x: Tensor, w: Tensor, bias: Tensor, A: Tensor, D: Tensor, first: Tensor, step: int, inner: int, groups: int) -> Tensor:
+    return _ssm_launch(x, w, bias, A, D, first, step, inner, groups)
 
 
-@torch.library.custom_op(f"{__name__}::scan_backward", mutates_args=())
-def _scan_backward(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, first: Tensor, step: int,
-                   dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _scan_launch(u, dt, A, B, C, D, first, step, dy)
+@torch.library.custom_op(f"{__name__}::ssm_backward", mutates_args=())
+def _ssm_backward(x: Tensor, w: Tensor, bias: Tensor, A: Tensor, D: Tensor, first: Tensor, step: int, inner: int, groups: int,
+                  dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _ssm_launch(x, w, bias, A, D, first, step, inner, groups, dy)
 
 
-_scan.register_fake(lambda u, *_: torch.empty_like(u, memory_format=torch.contiguous_format))
-_scan_backward.register_fake(lambda *args: tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in args[:6]))
+_ssm.register_fake(lambda x, w, bias, A, D, first, step, inner, groups: x.new_empty(*x.shape[:3], inner))
+_ssm_backward.register_fake(lambda *inputs: tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs[:5]))
 
 
-def _scan_setup(ctx, inputs, output):
-    *tensors, ctx.step = inputs
+def _ssm_setup(ctx, inputs, output):
+    *tensors, ctx.step, ctx.inner, ctx.groups = inputs
     ctx.save_for_backward(*tensors)
 
 
-_scan.register_autograd(lambda ctx, dy: (*_scan_backward(*ctx.saved_tensors, ctx.step, dy), None, None), setup_context=_scan_setup)
+def _ssm_vjp(ctx, dy):
+    return *_ssm_backward(*ctx.saved_tensors, ctx.step, ctx.inner, ctx.groups, dy), None, None, None, None
 
 
-def _scan_by_kernel(u, dt, A, B, C, D, boundaries, h, first, step):
-    return _scan(u, dt, A, B.to(u.dtype), C.to(u.dtype), D, first, step), None
+_ssm.register_autograd(_ssm_vjp, setup_context=_ssm_setup)
