@@ -1,0 +1,203 @@
+"""Speed and memory of Attamba against the transformer of the same shape, in one run.
+
+    python experiments/bench.py            # on a GPU: some 3 minutes; on a CPU: some 5 minutes
+    python experiments/bench.py --quick    # short lengths only
+    python experiments/bench.py --only training,decode
+
+The transformer is the same code with kv="linear", leading_tokens=None; its attention is PyTorch's
+scaled_dot_product_attention, causal, without a mask. Each figure is a median over repeats after warm-up,
+the two models taking turns. Rows are appended to experiments/results/bench.jsonl.
+"""
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from attamba import Attamba, AttambaConfig, attend  # noqa: E402
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+SIZES = dict(vocab_size=8192, dim=512, n_layers=8, n_heads=8) if GPU else dict(vocab_size=256, dim=128, n_layers=4, n_heads=4)
+P, L = 8, 64
+MODELS = {"transformer": dict(kv="linear", leading_tokens=None), "attamba": dict(chunk_size=P, leading_tokens=L, ssm_state=32)}
+
+
+def clock(functions, repeats, warmup=1):
+    """Median seconds of each function, all taking turns."""
+    times = {name: [] for name in functions}
+    for i in range(warmup + repeats):
+        for name, function in functions.items():
+            sync()
+            begin = time.perf_counter()
+            function()
+            sync()
+            if i >= warmup:
+                times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def sync():
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def build(dtype=None, **options):
+    torch.manual_seed(0)
+    return Attamba(AttambaConfig(**SIZES, **options)).to(DEVICE, dtype)
+
+
+class Training:
+    """One optimiser step; on a GPU in bf16 autocast, block and loss compiled."""
+
+    def __init__(self, options, tokens):
+        self.model, self.tokens = build(**options), tokens
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
+        self.loss = torch.compile(self.loss_of) if GPU else self.loss_of
+        if GPU:
+            for block in self.model.blocks:
+                block.compile(fullgraph=True)
+
+    @staticmethod
+    def loss_of(logits, targets):
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def __call__(self):
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=GPU):
+            loss = self.loss(self.model(self.tokens), self.tokens)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def training(quick):
+    for length in ([1024, 8192] if quick else [1024, 8192, 32768, 131072]) if GPU else ([256] if quick else [256, 4096, 16384]):
+        per_step = 65536 if GPU else 4096
+        tokens = torch.randint(SIZES["vocab_size"], (max(1, per_step // length), length), device=DEVICE)
+        row, steps = dict(tokens_per_step=tokens.numel()), {}
+        for name, options in MODELS.items():
+            if GPU:
+                torch._dynamo.reset()
+                torch.cuda.empty_cache()
+            step = Training(options, tokens)
+            begin = time.perf_counter()
+            step()
+            sync()
+            row[f"{name} first step s"] = time.perf_counter() - begin
+            step()
+            if GPU:
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                step()
+                own = sum(p.numel() * 12 for p in step.model.parameters())    # weights and optimiser, fp32
+                row[f"{name} peak GB"] = (torch.cuda.max_memory_allocated() - before + own) / 1e9
+            steps[name] = step
+        seconds = clock(steps, 3 if quick or not GPU or length > 32768 else 7)
+        yield f"training, S {length}", "tokens/s", {n: tokens.numel() / s for n, s in seconds.items()}, row
+
+
+def attention(quick):
+    heads, d = SIZES["n_heads"], SIZES["dim"] // SIZES["n_heads"]
+    total = 65536 if GPU else 16384
+    for length in ([1024, 4096] if quick else [1024, 4096, 16384, 65536]) if GPU else ([256] if quick else [256, 4096, 16384]):
+        q, k, v, g = (torch.randn(total // length, length, heads, d, device=DEVICE, dtype=torch.bfloat16 if GPU else torch.float32)
+                      .transpose(1, 2).requires_grad_() for _ in range(4))
+        ends = (torch.arange(1, length + 1, device=DEVICE) % P == 0)[None]
+        first = torch.tensor(P - 1)
+        full = lambda: torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v), g)
+        chunks = lambda: torch.autograd.grad(attend(q, k, v, ends, L, P, first), (q, k, v), g)
+        seconds = clock({"transformer": full, "attamba": chunks}, 3 if quick or not GPU else 10, 2)
+        yield f"attention alone, forward and backward, S {length}", "ms", {n: s * 1e3 for n, s in seconds.items()}, {}
+
+
+@torch.no_grad()
+def prefill(quick):
+    length = (131072 if not quick else 16384) if GPU else (16384 if not quick else 1024)
+    dtype = torch.bfloat16 if GPU else torch.float32
+    tokens = torch.randint(SIZES["vocab_size"], (1, length), device=DEVICE)
+    models = {name: build(dtype, **options) for name, options in MODELS.items()}
+    seconds = clock({n: lambda m=m: m(tokens, cache=m.new_cache(1, length + 1)) for n, m in models.items()}, 3)
+    yield f"prefill of {length}, batch 1", "tokens/s", {n: length / s for n, s in seconds.items()}, {}
+
+
+def pretend(cache, context):
+    """As if the cache had seen `context` tokens; what they were does not matter for the time of a step."""
+    for layer in cache.layers:
+        layer.position = context
+        layer.n_chunks.fill_(layer.max_chunks)
+        layer.used = (layer.max_chunks, layer.max_chunks)
+        layer.ends.zero_()
+
+
+@torch.no_grad()
+def decode(quick):
+    dtype = torch.bfloat16 if GPU else torch.float32
+    for batch, context in ([(1, 1024)] if quick else [(1, 1024), (64, 32768)]) if GPU else ([(1, 1024)] if quick else [(1, 1024), (1, 8192)]):
+        models, steps, row = {name: build(dtype, **options) for name, options in MODELS.items()}, {}, {}
+        token = torch.zeros(batch, 1, dtype=torch.long, device=DEVICE)
+        for name, model in models.items():
+            before = torch.cuda.memory_allocated() if GPU else 0
+            cache = model.new_cache(batch, context + 200)
+            row[f"{name} cache bytes"] = torch.cuda.memory_allocated() - before if GPU else cache.nbytes
+            pretend(cache, context)
+            steps[name] = lambda model=model, cache=cache: [model(token, cache=cache) for _ in range(5)]
+        seconds = clock(steps, 7)
+        yield f"decode, batch {batch}, context {context}", "tokens/s", {n: 5 * batch / s for n, s in seconds.items()}, row
+
+
+def cache(quick):
+    for context in (1024, 4096, 32768):
+        sizes = {name: build(torch.bfloat16 if GPU else None, **options).new_cache(1, context).nbytes for name, options in MODELS.items()}
+        yield f"KV cache, context {context}, batch 1", "bytes", sizes, {}
+
+
+def roofline():
+    """Measured copy bandwidth (GB/s, read and write) and matrix rate (TFLOP/s)."""
+    dtype, n, m = (torch.bfloat16, 2 ** 30, 8192) if GPU else (torch.float32, 2 ** 26, 2048)
+    x = torch.zeros(n, dtype=dtype, device=DEVICE)
+    y, a = torch.empty_like(x), torch.randn(m, m, device=DEVICE, dtype=dtype)
+    seconds = clock(dict(copy=lambda: y.copy_(x), matmul=lambda: a @ a), 10, 3)
+    return 2 * x.numel() * x.element_size() / seconds["copy"] / 1e9, 2 * m ** 3 / seconds["matmul"] / 1e12
+
+
+def main():
+    sections = dict(training=training, attention=attention, prefill=prefill, decode=decode, cache=cache)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", default=",".join(sections), help="comma-separated: " + ", ".join(sections))
+    parser.add_argument("--out", type=Path, default=ROOT / "experiments/results/bench.jsonl")
+    options = parser.parse_args()
+    if GPU:
+        torch.set_float32_matmul_precision("high")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    hardware = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
+    bandwidth, rate = roofline()
+    print(f"{hardware}, torch {torch.__version__}; copies {bandwidth:.0f} GB/s, matrix products {rate:.2f} TFLOP/s; "
+          f"dim {SIZES['dim']}, {SIZES['n_layers']} layers, P {P}, L {L}\n")
+    print(f"{'':<52}{'transformer':>13}{'attamba':>13}{'ratio':>8}")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    for section in options.only.split(","):
+        for name, unit, values, more in sections[section](options.quick):
+            a, b = values["transformer"], values["attamba"]
+            ratio = b / a if unit == "tokens/s" else a / b
+            digits = 2 if unit == "ms" else 0
+            print(f"{name + ', ' + unit:<52}{a:>13,.{digits}f}{b:>13,.{digits}f}{ratio:>8.2f}", flush=True)
+            for key in more:
+                if key.startswith("attamba"):
+                    other = more[key.replace("attamba", "transformer")]
+                    print(f"{'    ' + key.removeprefix('attamba '):<52}{other:>13,.1f}{more[key]:>13,.1f}{other / more[key]:>8.2f}", flush=True)
+            with open(options.out, "a") as f:
+                f.write(json.dumps(dict(name=name, unit=unit, **values, ratio=ratio, **more, model={**SIZES, **MODELS["attamba"]},
+                                        hardware=hardware, torch=torch.__version__, copy_gb_s=bandwidth, matmul_tflop_s=rate,
+                                        commit=commit, quick=options.quick)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
