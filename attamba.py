@@ -174,21 +174,22 @@ class LayerCache:
 
     def _leaving(self, boundaries: Tensor) -> Tensor:
         """Chunk ends among the tokens that leave the window with these new ones. (b, l) -> (b, m) bool"""
-        p, W, l = self.position, self.window, boundaries.shape[1]
-        ring = self.ends[:, self._order()]                                        # (b, min(p, W)), oldest first
-        both = torch.cat([ring, boundaries.expand(len(ring), l)], 1)
-        return both[:, :max(0, both.shape[1] - W)]
+        held, l = min(self.position, self.window), boundaries.shape[1]
+        m = max(0, held + l - self.window)
+        ring = self.ends[:, self._oldest(min(m, held))]
+        return torch.cat([ring, boundaries[:, :m - ring.shape[1]].expand(len(ring), -1)], 1)
 
-    def _order(self) -> Tensor:
-        """Slots of the ring, oldest token first. (min(position, W),)"""
-        return torch.arange(max(0, self.position - self.window), self.position, device=self.k.device) % self.window
+    def _oldest(self, count: int) -> Tensor:
+        """Slots of the ring's oldest tokens, in their order. (count,)"""
+        start = max(0, self.position - self.window)
+        return torch.arange(start, start + count, device=self.k.device) % self.window
 
     def check(self, boundaries: Tensor) -> None:
         """Is there room for these (b, l) new tokens? Raises ValueError if not; changes nothing."""
         l = boundaries.shape[1]
         if self.position + l > self.max_len:
             raise ValueError(f"the cache is full: it holds {self.position} tokens, {l} more were given, and max_len is {self.max_len}")
-        if self.position + l > self.window:
+        if self.used[1] + l > self.max_chunks and self.position + l > self.window:
             need = int((self.n_chunks + self._leaving(boundaries).sum(1)).max())
             if need > self.max_chunks:
                 raise ValueError(f"the cache is full: it needs {need} chunk entries, and max_chunks is {self.max_chunks}")
@@ -196,7 +197,7 @@ class LayerCache:
     def context(self, k: Tensor, v: Tensor, boundaries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Entries, window and new tokens as one sequence; an entry is a token that ends a chunk.
         k, v (b, h, l, d), boundaries (b, l) -> the same for all e + w + l of them."""
-        order, e = self._order(), self.used[1]
+        order, e = self._oldest(min(self.position, self.window)), self.used[1]
         slots = torch.cat([torch.arange(self.window, self.window + e, device=k.device), order])
         valid = torch.arange(e, device=k.device) < self.n_chunks[:, None]         # (b, e)
         ends = torch.cat([valid, self.ends[:, order], boundaries.expand(len(valid), -1)], 1)
@@ -205,17 +206,17 @@ class LayerCache:
     def append(self, k: Tensor, v: Tensor, boundaries: Tensor) -> None:
         """Take in l new tokens. k, v (b, n_kv_heads, l, head_dim), boundaries (b or 1, l) bool."""
         k, v = k.detach(), v.detach()
-        W, l, order = self.window, k.shape[2], self._order()
+        W, l = self.window, k.shape[2]
         leaving = self._leaving(boundaries)                                       # (b, m) bool
         m = leaving.shape[1]
-        if m and self.max_chunks:
+        if leaving.any():
             # A leaving chunk end moves to the next free entry, any other leaving token to
             # the oldest slot of the ring, which is overwritten just below.
             entry = W + self.n_chunks[:, None] + leaving.cumsum(1) - 1            # (b, m)
-            oldest = order[0] if len(order) else torch.zeros_like(self.n_chunks[0])
-            slot = torch.where(leaving, entry, oldest)
+            order = self._oldest(min(m, self.position, W))
+            slot = torch.where(leaving, entry, self.position % W if self.position > W else 0)
             for cache, new in ((self.k, k), (self.v, v)):
-                old = torch.cat([cache[:, :, order], new.to(cache.dtype)], 2)[:, :, :m]
+                old = torch.cat([cache[:, :, order], new[:, :, :m - len(order)].to(cache.dtype)], 2)
                 cache.scatter_(2, slot[:, None, :, None].expand_as(old), old)
             self.n_chunks += leaving.sum(1)
             self.used = (int(self.n_chunks.min()), int(self.n_chunks.max()))
@@ -287,8 +288,10 @@ class Attamba(nn.Module):
         else:
             marks = [boundaries] * len(self.blocks)
         if cache:  # check every layer before any of them changes
-            for block, mark, layer in zip(self.blocks, marks, cache.layers):
-                layer.check(block.attention.boundaries(l, start, mark))
+            ends = [block.attention.boundaries(l, start, mark) for block, mark in zip(self.blocks, marks)]
+            for layer, end in zip(cache.layers, ends):
+                layer.check(end)
+            marks = ends if start else marks
         rope = rope_angles(start, l, self.config.head_dim, self.config.rope_theta, tokens.device)
         x = self.embed(tokens)                                                    # (b, l, d)
         for i, block in enumerate(self.blocks):

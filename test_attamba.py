@@ -605,9 +605,11 @@ def test_public_names_have_docstrings():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+# float64: RoPE's tables are float32 and a GPU's sine differs in the last bit; measured 3.0e-9 on an H200
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-7), (torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 def test_gpu_agrees_with_cpu(dtype, tolerance):
-    for config in (small(dim=64), small(dim=64, chunking=modulo_rule), small(dim=64, chunk_size=None)):
+    """With heads of 32 and states of 16, so that the kernels take part where there are chunks of a fixed step."""
+    for config in (small(dim=64, ssm_state=16), small(dim=64, chunking=modulo_rule), small(dim=64, chunk_size=None)):
         exact = Attamba(config).double()
         model = Attamba(config).cuda()
         model.load_state_dict(exact.state_dict())
