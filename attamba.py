@@ -45,6 +45,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 try:  # only for the optional CUDA kernels at the end
     import triton
@@ -234,7 +235,9 @@ class LayerCache:
         mask = None
         if fewest != most:                                                        # rows of different chunk counts
             mask = (torch.arange(seen + most, device=q.device) < seen + self.n_chunks[:, None])[:, None, None]
-        return F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        # Not cuDNN: it plans anew for every length, and here each step has another (measured 40 ms a step).
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 class Cache:
@@ -295,7 +298,8 @@ class Attamba(nn.Module):
         rope = rope_angles(start, l, self.config.head_dim, self.config.rope_theta, tokens.device)
         x = self.embed(tokens)                                                    # (b, l, d)
         for i, block in enumerate(self.blocks):
-            x = block(x, marks[i], cache.layers[i] if cache else None, rope)
+            # Compiling a block is for training: with a cache, which Python steers, it runs as it is.
+            x = block.forward(x, marks[i], cache.layers[i], rope) if cache else block(x, marks[i], None, rope)
         return self.head(self.norm(x))                                            # (b, l, vocab_size)
 
     def _check(self, tokens, boundaries, cache):
@@ -1119,9 +1123,9 @@ if triton is not None:
     def _conv(X, t, W, S, size: tl.constexpr, width: tl.constexpr, c: tl.constexpr, K: tl.constexpr, P: tl.constexpr, Q: tl.constexpr):
         """chunk_conv of c channels of X at the tokens t, with weights W (K, width). (Q, c)"""
         w = W + tl.arange(0, c)
-        y = tl.load(w)[None, :] * _earlier(X, t, 0, S, size, c, P, Q)
+        y = tl.load(w).to(tl.float32)[None, :] * _earlier(X, t, 0, S, size, c, P, Q)
         for j in tl.static_range(1, K):
-            y += tl.load(w + j * width)[None, :] * _earlier(X, t, j, S, size, c, P, Q)
+            y += tl.load(w + j * width).to(tl.float32)[None, :] * _earlier(X, t, j, S, size, c, P, Q)
         return y
 
     @triton.jit

@@ -330,11 +330,15 @@ def test_one_compiled_graph_serves_all_layers():
     model, tokens = Attamba(small(n_layers=5, chunk_size=5)), torch.randint(19, (2, 40))
     expected, counter = model(tokens), CompileCounterWithBackend("aot_eager")
     for block in model.blocks:
-        block.forward = torch.compile(block.forward, backend=counter, fullgraph=True)
+        block.compile(backend=counter, fullgraph=True)
     logits = model(tokens)
     logits.sum().backward()
     close(logits, expected, 1e-5)
     assert counter.frame_count == 1
+    with pytest.MonkeyPatch.context() as patch:  # a trained model generates, though its blocks are compiled
+        for block in model.blocks:
+            patch.setattr(block, "_compiled_call_impl", lambda *_: pytest.fail("a cached call was compiled"))
+        model.generate(tokens, 3)
     whole = torch.compile(Attamba(small()), backend="aot_eager", fullgraph=True)
     close(whole(tokens), whole._orig_mod(tokens), 1e-5)
 
