@@ -37,6 +37,7 @@ s                  which of the two SSMs: 0 makes the keys, 1 the values
 [5] Liu, Zaharia, Abbeel. Ring attention (parts joined by log-sum-exp). arXiv 2310.01889
 """
 import math
+import os
 from dataclasses import dataclass
 from functools import partial
 from typing import Callable, Iterator, Optional, Union
@@ -990,7 +991,7 @@ def _ssm_kernel_fits(x: Tensor, config: AttambaConfig) -> bool:
 
 # Queries and keys per tile, warps, pipeline stages: the fastest of those measured on an H200.
 TILES = {"forward": (64, 64, 4, 2), "dq": (64, 64, 4, 2), "dkv window": (64, 64, 4, 2), "dkv chunks": (64, 64, 4, 3), "ssm": (16, 1), "ssm backward": (16, 1)}
-INTERPRET = False  # tests set it to run the kernels on a CPU, through Triton's interpreter
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs the kernels on a CPU, slowly: for tests
 
 
 if triton is not None:

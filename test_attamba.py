@@ -628,6 +628,22 @@ def test_gpu_agrees_with_cpu(dtype, tolerance):
             close(a.grad.cpu().double(), b.grad, tolerance)
 
 
+@pytest.mark.skipif(attamba.triton is None or not attamba.INTERPRET, reason="needs triton and TRITON_INTERPRET=1")
+@pytest.mark.parametrize("P, length", [(5, 23), (8, 70)])
+def test_kernels_in_the_interpreter(P, length):
+    """The CUDA kernels without a GPU. (float32: Triton 3.6's interpreter gets bfloat16 products wrong.)"""
+    config = small(dim=64, ssm_state=16, chunk_size=P, leading_tokens=9)
+    model, tokens = Attamba(config), torch.randint(19, (2, length))
+    exact = Attamba(config).double()  # float64 takes the plain path
+    exact.load_state_dict(model.state_dict())
+    weights = torch.randn(2, length, 19)
+    for m in (model, exact):
+        (m(tokens) * weights).sum().backward()
+    close(model(tokens).double(), exact(tokens), 1e-4)
+    for a, b in zip(model.parameters(), exact.parameters()):
+        close(a.grad.double(), b.grad, 1e-4)
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--seed"]:
         check_case(int(sys.argv[2]))
