@@ -39,7 +39,6 @@ s                  which of the two SSMs: 0 makes the keys, 1 the values
 import math
 import os
 from dataclasses import dataclass
-from functools import partial
 from typing import Callable, Iterator, Optional, Union
 
 import torch
@@ -236,7 +235,7 @@ class LayerCache:
         mask = None
         if fewest != most:                                                        # rows of different chunk counts
             mask = (torch.arange(seen + most, device=q.device) < seen + self.n_chunks[:, None])[:, None, None]
-        # Not cuDNN: it plans anew for every length, and here each step has another (measured 40 ms a step).
+        # Not cuDNN: made for long queries, and every step here has another length that it may have to plan for.
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             return F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -253,7 +252,6 @@ class Cache:
 
     nbytes = property(lambda self: sum(layer.nbytes for layer in self.layers))
     position = property(lambda self: self.layers[0].position)
-    max_len = property(lambda self: self.layers[0].max_len)
 
 
 # ---------------------------------------------------------------------------------------
@@ -441,7 +439,7 @@ class AttambaAttention(nn.Module):
         """x (b, l, d) -> (b, l, d). boundaries: bool (b, l) or (1, l), default config.chunking.
         cache: from new_cache; x continues it and it advances in place. rope: cos and sin of the
         positions as from rope_angles (one table can serve all layers); default: made here."""
-        c, (b, l, _) = self.config, x.shape
+        c, l = self.config, x.shape[1]
         start = cache.position if cache else 0
         ends = self.boundaries(l, start, boundaries)                              # (1 or b, l)
         if cache:
@@ -1234,7 +1232,7 @@ def _attend_backward_kernel(grad, q, k, v, out, lse, first, step, L):
 
 def _ssm_launch(x, w, bias, A, D, first, step, inner, groups, dy=None):
     """y, or with dy the gradients of x, w, bias, A, D."""
-    (b, l, _, size), K, H = x.shape, len(w), A.shape[1]
+    b, l, K, H = *x.shape[:2], len(w), A.shape[1]
     Q, warps = TILES["ssm" if dy is None else "ssm backward"]
     Q = max(Q, triton.next_power_of_2(step))
     T, front, n = Q // step * step, step - 1 - int(first), (w.shape[2] - inner) // 2 // groups

@@ -5,7 +5,6 @@ by hand; save and load. Tests that need a GPU skip themselves.
     python test_attamba.py 1000            # a longer random search: seeds 0 ... 999
     python test_attamba.py --seed 17       # one case of it, in full
 """
-import dataclasses
 import doctest
 import hashlib
 import json

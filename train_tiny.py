@@ -283,7 +283,7 @@ def train(config: AttambaConfig, options: TrainConfig, corpus: Corpus, resume: b
     torch.manual_seed(options.seed)
     model = Attamba(config).to(device)
     optimizer = make_optimizer(model, options)
-    first = tokens_seen = 0
+    first = 0
     if resume:
         saved = torch.load(out / "checkpoint.pt", map_location=device, weights_only=True)
         model.load_state_dict(saved["model"])
