@@ -89,7 +89,6 @@ class AttambaConfig:
     ssm_inner: Optional[int] = None            # channels of each SSM; None: dim / 2
     ssm_state: int = 32                        # state size n of each channel
     ssm_heads: Optional[int] = None            # SSM heads, one decay each; None: n_heads
-    ssm_groups: int = 1                        # groups of SSM heads that share B and C
     conv_size: int = 4                         # taps of the causal convolution
     rope_theta: float = 1e4                    # base of the rotary positions
     tie_embeddings: bool = False               # output layer shares the embedding
@@ -106,7 +105,7 @@ class AttambaConfig:
             check(name, (none and value is None) or (whole and value >= least),
                   f"an integer of at least {least}" + (" or None" if none else ""))
 
-        for name in ("vocab_size", "dim", "n_layers", "n_heads", "ssm_state", "ssm_groups", "conv_size"):
+        for name in ("vocab_size", "dim", "n_layers", "n_heads", "ssm_state", "conv_size"):
             check_int(name)
         for name in ("n_kv_heads", "head_dim", "hidden_dim", "chunk_size", "ssm_inner", "ssm_heads"):
             check_int(name, none=True)
@@ -131,7 +130,6 @@ class AttambaConfig:
                   f'dim / n_heads ({self.dim / self.n_heads:g}) when kv="ssm"; thinner heads need kv="linear+ssm"')
         if "ssm" in self.kv:
             check("ssm_heads", self.ssm_inner % self.ssm_heads == 0, f"a divisor of ssm_inner ({self.ssm_inner})")
-            check("ssm_groups", self.ssm_heads % self.ssm_groups == 0, f"a divisor of ssm_heads ({self.ssm_heads})")
 
 
 # ---------------------------------------------------------------------------------------
@@ -164,7 +162,7 @@ class LayerCache:
             state_dtype = torch.promote_types(dtype, torch.float32)
             self.h = torch.zeros(batch_size, 2 * c.ssm_heads, c.ssm_inner // c.ssm_heads, c.ssm_state,
                                  dtype=state_dtype, device=device)
-            self.conv = torch.zeros(batch_size, c.conv_size - 1, 2, c.ssm_inner + 2 * c.ssm_groups * c.ssm_state,
+            self.conv = torch.zeros(batch_size, c.conv_size - 1, 2, c.ssm_inner + 2 * c.ssm_state,
                                     dtype=dtype, device=device)
 
     @property
@@ -501,7 +499,7 @@ class AttambaAttention(nn.Module):
 class ChunkSSM(nn.Module):
     """The two SSMs of a layer, s = 0 for keys and s = 1 for values, side by side [1, section 3; 2]:
 
-        z, u, B, C, dt = split(W_in a_t)
+        z, dt, u, B, C = split(W_in a_t)
         u, B, C = SiLU(causal depthwise convolution), never across a chunk boundary
         dt = softplus(dt + dt_bias),   h_t = r_t exp(-dt exp(A_log)) h_{t-1} + dt u_t B_t^T
         y_t = h_t C_t + D u_t,         out_t = W_out RMSNorm(y_t * SiLU(z_t))
@@ -510,10 +508,9 @@ class ChunkSSM(nn.Module):
     def __init__(self, config: AttambaConfig, dim_in: int, dim_out: int):
         super().__init__()
         c = self.config = config
-        gn = c.ssm_groups * c.ssm_state
-        self.sizes = (c.ssm_inner, c.ssm_inner + 2 * gn, c.ssm_heads)             # z | u B C | dt
+        self.sizes = (c.ssm_inner, c.ssm_heads, c.ssm_inner + 2 * c.ssm_state)    # z | dt | u B C
         self.w_in = nn.Parameter(torch.randn(2, sum(self.sizes), dim_in) * 0.02)
-        self.w_conv = nn.Parameter(torch.empty(c.conv_size, 2, self.sizes[1]).uniform_(-1, 1) / math.sqrt(c.conv_size))
+        self.w_conv = nn.Parameter(torch.empty(c.conv_size, 2, self.sizes[2]).uniform_(-1, 1) / math.sqrt(c.conv_size))
         # A fresh state should remember on the order of a chunk: 1 / (dt A) is about 12 tokens in
         # the geometric mean, from 1 to 1000 over the heads. dt_bias is the inverse softplus of dt [2].
         dt = torch.exp(torch.empty(2, c.ssm_heads).uniform_(math.log(1e-3), math.log(1e-1)))
@@ -526,7 +523,7 @@ class ChunkSSM(nn.Module):
                 conv: Optional[Tensor] = None, first: Optional[Tensor] = None):
         """a (b, l, d) for both SSMs or (b, l, 2, d), boundaries (b or 1, l) bool or None for none,
         state as in LayerCache, first as in `attend` -> [keys, values] (b, l, dim_out) each, (h, conv) after the last token."""
-        c, gn = self.config, self.config.ssm_groups * self.config.ssm_state
+        c = self.config
         if a.dim() == 3:
             proj = F.linear(a, self.w_in.flatten(0, 1)).unflatten(-1, (2, -1))    # (b, l, 2, sum(sizes))
         else:
@@ -534,20 +531,20 @@ class ChunkSSM(nn.Module):
         at_least_32 = torch.promote_types(proj.dtype, torch.float32)
         A, D, dt_bias = (t.to(at_least_32) for t in (-self.A_log.to(at_least_32).exp(), self.D, self.dt_bias))
         if first is not None and _ssm_kernel_fits(proj, c):
-            y = _ssm(proj, self.w_conv, dt_bias, A, D, first, c.chunk_size, c.ssm_inner, c.ssm_groups)
+            y = _ssm(proj, self.w_conv, dt_bias, A, D, first, c.chunk_size, c.ssm_inner)
         else:
-            z, ubc, dt = proj.split(self.sizes, -1)
+            z, dt, ubc = proj.split(self.sizes, -1)
             ubc, conv = chunk_conv(ubc, self.w_conv, boundaries, conv)
-            u, B, C = F.silu(ubc).split((c.ssm_inner, gn, gn), -1)
+            u, B, C = F.silu(ubc).split((c.ssm_inner, c.ssm_state, c.ssm_state), -1)
             dt = F.softplus(dt.to(at_least_32) + dt_bias)                         # (b, l, 2, heads)
-            # Both SSMs in one scan: the axis s joins the heads (of u, dt) and the groups (of B, C).
+            # Both SSMs in one scan: the axis s joins the heads of u and dt; each shares its B and C.
             scan = ssm_scan_ref if a.shape[1] == 1 else ssm_scan
-            y, h = scan(u.unflatten(-1, (c.ssm_heads, -1)).flatten(2, 3), dt.flatten(2), A.flatten(),
-                        B.unflatten(-1, (c.ssm_groups, -1)).flatten(2, 3), C.unflatten(-1, (c.ssm_groups, -1)).flatten(2, 3),
-                        D.flatten(), boundaries, h)                               # (b, l, 2 heads, p)
+            y, h = scan(u.unflatten(-1, (c.ssm_heads, -1)).flatten(2, 3), dt.flatten(2), A.flatten(), B, C, D.flatten(), boundaries, h)
             y = y.flatten(2).unflatten(-1, (2, -1)) * F.silu(z)                   # (b, l, 2, inner)
+            y = y.movedim(2, 0)                                                   # (2, b, l, inner)
         y = F.rms_norm(y, y.shape[-1:], eps=c.norm_eps).to(proj.dtype)            # W_out absorbs the norm's weight
-        return [F.linear(y_s, w) for y_s, w in zip(y.unbind(2), self.w_out)], (h, conv)
+        out = torch.bmm(y.flatten(1, 2), self.w_out.mT).unflatten(1, a.shape[:2]) # (2, b, l, dim_out)
+        return out.unbind(), (h, conv)
 
 
 def chunk_conv(x: Tensor, weight: Tensor, boundaries: Optional[Tensor] = None, tail: Optional[Tensor] = None):
@@ -982,13 +979,13 @@ def _kernels_fit(q: Tensor) -> bool:
 
 
 def _ssm_kernel_fits(x: Tensor, config: AttambaConfig) -> bool:
-    p, n = config.ssm_inner // config.ssm_heads, config.ssm_state
     return (triton is not None and (x.is_cuda or INTERPRET) and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-            and config.chunk_size <= 64 and p in (16, 32, 64, 128) and n in (16, 32, 64, 128))
+            and config.chunk_size <= 16 and config.ssm_inner // config.ssm_heads in (16, 32, 64, 128) and config.ssm_state in (16, 32, 64, 128))
 
 
 # Queries and keys per tile, warps, pipeline stages: the fastest of those measured on an H200.
-TILES = {"forward": (64, 64, 4, 2), "dq": (64, 64, 4, 2), "dkv window": (64, 64, 4, 2), "dkv chunks": (64, 64, 4, 3), "ssm": (16, 1), "ssm backward": (16, 1)}
+TILES = {"forward": (64, 64, 4, 2), "dq": (64, 64, 4, 2), "dkv window": (64, 64, 4, 2), "dkv chunks": (64, 64, 4, 3),
+         "ssm products": (4, 1), "ssm": (4, 1), "ssm backward": (4, 1)}
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs the kernels on a CPU, slowly: for tests
 
 
@@ -1002,8 +999,8 @@ if triton is not None:
     @triton.jit
     def _seen(t, s, L, KIND: tl.constexpr):
         """Which tokens s the queries t see: in the window (KIND 0) or as chunk ends past it (1)."""
-        far = t[:, None] - s[None, :]
-        return (far > L if KIND else (far >= 0) & (far <= L)) & (s >= 0)[None, :]
+        far = t - s
+        return (far > L if KIND else (far >= 0) & (far <= L)) & (s >= 0)
 
     @triton.jit
     def _see(q, t, j, K, V, S, L, first, m, z, acc, scale, KIND: tl.constexpr, P: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
@@ -1012,7 +1009,7 @@ if triton is not None:
         k, v = _rows(K, s, S, H, D, D), _rows(V, s, S, H, D, D)
         x = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
         if KIND < 2:
-            x = tl.where(_seen(t, s, L, KIND), x, -float("inf"))
+            x = tl.where(_seen(t[:, None], s[None, :], L, KIND), x, -float("inf"))
         top = tl.maximum(m, tl.max(x, 1))
         p, shrink = tl.exp2(x - top[:, None]), tl.exp2(m - top)
         acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="tf32x3")
@@ -1043,18 +1040,13 @@ if triton is not None:
         tl.store(LSE + row.to(tl.int64) * S + t, m + tl.log2(z), mask=t < S)
 
     @triton.jit
-    def _see_backward(q, g, lse, delta, t, k, v, s, L, scale, KIND: tl.constexpr):
-        """Softmax weights p and gradients of the scores of queries t and keys s, (t, s) each."""
-        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale - lse[:, None])
-        if KIND < 2:
-            p = tl.where(_seen(t, s, L, KIND), p, 0.0)
-        return p, p * (tl.dot(g, tl.trans(v), input_precision="tf32x3") - delta[:, None])
-
-    @triton.jit
     def _see_dq(q, g, lse, delta, t, j, K, V, S, L, first, dq, scale, KIND: tl.constexpr, P: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
         s = first + j * P if KIND else j
-        k = _rows(K, s, S, H, D, D)
-        p, ds = _see_backward(q, g, lse, delta, t, k, _rows(V, s, S, H, D, D), s, L, scale, KIND)
+        k, v = _rows(K, s, S, H, D, D), _rows(V, s, S, H, D, D)
+        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale - lse[:, None])
+        if KIND < 2:
+            p = tl.where(_seen(t[:, None], s[None, :], L, KIND), p, 0.0)
+        ds = p * (tl.dot(g, tl.trans(v), input_precision="tf32x3") - delta[:, None])
         return dq + tl.dot(ds.to(k.dtype), k, input_precision="tf32x3")
 
     @triton.jit
@@ -1085,8 +1077,12 @@ if triton is not None:
         q, g = _rows(Q, t, S, H, D, D), _rows(G, t, S, H, D, D)
         lse = tl.load(LSE + t, mask=t < S, other=float("inf"))
         delta = tl.load(DELTA + t, mask=t < S, other=0.0)
-        p, ds = _see_backward(q, g, lse, delta, t, k, v, s, L, scale, KIND)
-        return dk + tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision="tf32x3"), dv + tl.dot(tl.trans(p.to(g.dtype)), g, input_precision="tf32x3")
+        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="tf32x3") * scale - lse[None, :])     # (keys, queries): its transpose is
+        if KIND < 2:                                                                             # what both products need
+            p = tl.where(_seen(t[None, :], s[:, None], L, KIND), p, 0.0)
+        dv += tl.dot(p.to(g.dtype), g, input_precision="tf32x3")
+        ds = p * (tl.dot(v, tl.trans(g), input_precision="tf32x3") - delta[None, :])
+        return dk + tl.dot(ds.to(q.dtype), q, input_precision="tf32x3"), dv
 
     @triton.jit
     def _attend_dkv_kernel(Q, K, V, G, LSE, DELTA, DK, DV, S, L, first, scale, KIND: tl.constexpr, P: tl.constexpr,
@@ -1114,96 +1110,147 @@ if triton is not None:
         tl.store(DV + base + at, dv.to(DV.dtype.element_ty), mask=(s < S)[:, None])
 
     @triton.jit
-    def _earlier(X, t, j, S, size: tl.constexpr, c: tl.constexpr, P: tl.constexpr, Q: tl.constexpr):
-        """The first c entries of X (S, 2, size) at tokens t - j, zero where those lie in another chunk: (Q, c)."""
-        return _rows(X, tl.where(tl.arange(0, Q) % P >= j, t - j, -1), S, 2, size, c)
+    def _silu(x):
+        """SiLU(x) and its derivative."""
+        s = tl.sigmoid(x)
+        return x * s, s * (1 + x * (1 - s))
 
     @triton.jit
-    def _conv(X, t, W, S, size: tl.constexpr, width: tl.constexpr, c: tl.constexpr, K: tl.constexpr, P: tl.constexpr, Q: tl.constexpr):
-        """chunk_conv of c channels of X at the tokens t, with weights W (K, width). (Q, c)"""
-        w = W + tl.arange(0, c)
-        y = tl.load(w).to(tl.float32)[None, :] * _earlier(X, t, 0, S, size, c, P, Q)
-        for j in tl.static_range(1, K):
-            y += tl.load(w + j * width).to(tl.float32)[None, :] * _earlier(X, t, j, S, size, c, P, Q)
-        return y
+    def _token(c, i, front, chunks, S, P: tl.constexpr):
+        """Which token is number i of the chunks c, and is there such a token?"""
+        t = c * P + i - front
+        return t, (c < chunks) & (t >= 0) & (t < S)
 
     @triton.jit
-    def _conv_backward(X, t, y, dout, W, DX, DW, S, size: tl.constexpr, width: tl.constexpr, c: tl.constexpr, K: tl.constexpr,
-                       P: tl.constexpr, Q: tl.constexpr):
-        """Gradient of X to DX, and of W (this tile's part) to DW, where out = SiLU(y), y = _conv(X)."""
-        i, at, gate = tl.arange(0, Q), tl.arange(0, c), tl.sigmoid(y)
-        dy = dout * gate * (1 + y * (1 - gate))
-        low = dy.to(X.dtype.element_ty)
-        dx = tl.load(W + at)[None, :] * dy
-        tl.store(DW + at, tl.sum(dy * _earlier(X, t, 0, S, size, c, P, Q), 0))
-        for j in tl.static_range(1, K):
-            later = (i[:, None] + j == i[None, :]) & (i[:, None] // P == i[None, :] // P)      # dx_i takes dy_{i+j}: a product
-            dx += tl.load(W + at + j * width)[None, :] * tl.dot(later.to(low.dtype), low, input_precision="tf32x3")   # with 0 and 1
-            tl.store(DW + at + j * width, tl.sum(dy * _earlier(X, t, j, S, size, c, P, Q), 0))
-        tl.store(DX + t[:, None] * (2 * size) + at[None, :], dx.to(DX.dtype.element_ty), mask=((t >= 0) & (t < S))[:, None])
+    def _conv(X, W, c, front, chunks, S, stride: tl.constexpr, width: tl.constexpr, K: tl.constexpr, P: tl.constexpr):
+        """SiLU(sum_k w_k x_{i-k}) of the P tokens of the chunks c (N,), channels at X and W (1, p): three tuples
+        over the tokens, x, the result, and the derivative of the SiLU, each (N, p). Chunks begin with nothing before."""
+        xs, us, slopes = (), (), ()
+        for i in tl.static_range(P):
+            t, inside = _token(c, i, front, chunks, S, P)
+            xs += (tl.load(X + t[:, None] * stride, mask=inside[:, None], other=0.0).to(tl.float32),)
+            y = tl.load(W).to(tl.float32) * xs[i]
+            for k in tl.static_range(1, K):
+                if k <= i:
+                    y += tl.load(W + k * width).to(tl.float32) * xs[i - k]
+            u, slope = _silu(y)
+            us, slopes = us + (u,), slopes + (slope,)
+        return xs, us, slopes
 
     @triton.jit
-    def _ssm_kernel(X, W, BIAS, A, SKIP, Y, DY, DX, DW, DBIAS, DA, DSKIP, S, front, T, BACKWARD: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
-                    H: tl.constexpr, G: tl.constexpr, p: tl.constexpr, n: tl.constexpr, Q: tl.constexpr):
-        """From W_in a (b, S, 2, z | u B C | dt) to y * SiLU(z) (b, S, 2, H p): convolution, scan and gate of
-        T <= Q tokens, whole chunks of P, and the heads of one group of one SSM; no chunk crosses a tile."""
-        k, b, s, g = tl.program_id(0), tl.program_id(1), tl.program_id(2) // G, tl.program_id(2) % G
-        inner: tl.constexpr = H * p
-        width: tl.constexpr = 2 * (inner + 2 * G * n)                             # of the convolution, both SSMs
-        size: tl.constexpr = 2 * inner + 2 * G * n + H                            # of a row of X
-        i = tl.arange(0, Q)
-        t = tl.where(i < T, k * T + i - front, -1)                                # token of each row of the tile
-        inside = (t >= 0) & (t < S)
-        row = (b.to(tl.int64) * S * 2 + s) * size
-        part = b * tl.num_programs(0) + k                                         # gradients of weights: one line a tile
-        W += s * (width // 2)
-        DW += part.to(tl.int64) * K * width + s * (width // 2)
-        same = (i[:, None] >= i[None, :]) & (i[:, None] // P == i[None, :] // P)
-        at_B, at_C = inner + g * n, inner + (G + g) * n                           # within u B C
-        XU = X + row + inner
-        cB, cC = _conv(XU + at_B, t, W + at_B, S, size, width, n, K, P, Q), _conv(XU + at_C, t, W + at_C, S, size, width, n, K, P, Q)
-        Bs, Cs = (cB * tl.sigmoid(cB)).to(X.dtype.element_ty), (cC * tl.sigmoid(cC)).to(X.dtype.element_ty)
-        CB = tl.dot(Cs, tl.trans(Bs), input_precision="tf32x3")                     # (Q, Q)
-        dCB = tl.zeros((Q, Q), tl.float32)
-        for h in range(g * (H // G), (g + 1) * (H // G)):
-            a, skip, at_dt = tl.load(A + s * H + h), tl.load(SKIP + s * H + h), row + size - H + h + t * (2 * size)
-            v = tl.load(X + at_dt, mask=inside, other=0.0).to(tl.float32) + tl.load(BIAS + s * H + h)
-            dt = tl.where(inside, tl.where(v > 20.0, v, tl.log(1 + tl.exp(v))), 0.0)   # softplus
-            cum = tl.cumsum(dt * a, 0)
-            decay = tl.where(same, tl.exp(tl.minimum(cum[:, None] - cum[None, :], 0.0)), 0.0)
-            cu = _conv(XU + h * p, t, W + h * p, S, size, width, p, K, P, Q)
-            u = cu * tl.sigmoid(cu)
-            x = (u * dt[:, None]).to(X.dtype.element_ty)
-            M = (CB * decay).to(X.dtype.element_ty)
-            y = tl.dot(M, x, input_precision="tf32x3") + skip * u
-            z = _rows(X + row + h * p, t, S, 2, size, p).to(tl.float32)
-            gate = tl.sigmoid(z)
-            cells = (b.to(tl.int64) * S * 2 + s) * inner + h * p + t[:, None] * (2 * inner) + tl.arange(0, p)[None, :]
+    def _conv_backward(dys, xs, W, DX, DW, c, front, chunks, S, stride: tl.constexpr, width: tl.constexpr, K: tl.constexpr, P: tl.constexpr):
+        """From the gradient before the SiLU, those of x to DX and of the weights, these chunks' part, to DW."""
+        for i in tl.static_range(P):
+            t, inside = _token(c, i, front, chunks, S, P)
+            dx = tl.load(W).to(tl.float32) * dys[i]
+            for k in tl.static_range(1, K):
+                if i + k < P:
+                    dx += tl.load(W + k * width).to(tl.float32) * dys[i + k]
+            tl.store(DX + t[:, None] * stride, dx.to(DX.dtype.element_ty), mask=inside[:, None])
+        for k in tl.static_range(K):
+            dw = tl.zeros_like(xs[0])
+            for i in tl.static_range(P):
+                if i >= k:
+                    dw += dys[i] * xs[i - k]
+            tl.store(DW + k * width, tl.sum(dw, 0, keep_dims=True))
+
+    @triton.jit
+    def _products_kernel(X, W, CB, DCB, DX, DW, S, front, chunks, BACKWARD: tl.constexpr, P: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
+                         p: tl.constexpr, n: tl.constexpr, N: tl.constexpr):
+        """B and C of N chunks of one SSM by convolution and SiLU, and C_i . B_j for j <= i to CB (b, chunks, 2, P, P)."""
+        b, s, c = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.program_id(0) * N + tl.arange(0, N)
+        stride: tl.constexpr = 2 * (2 * H * p + H + 2 * n)                        # of a token of X (b, S, 2, z | dt | u B C)
+        width: tl.constexpr = 2 * (H * p + 2 * n)                                 # of a tap of W
+        to_B, to_C = H * p + tl.arange(0, n)[None, :], H * p + n + tl.arange(0, n)[None, :]
+        ubc, W = (b * S * 2 + s) * (stride // 2) + H * p + H, W + s * (width // 2)
+        xB, Bs, slopeB = _conv(X + ubc + to_B, W + to_B, c, front, chunks, S, stride, width, K, P)
+        xC, Cs, slopeC = _conv(X + ubc + to_C, W + to_C, c, front, chunks, S, stride, width, K, P)
+        CB += ((b * chunks + c) * 2 + s) * (P * P)
+        if not BACKWARD:
+            for i in tl.static_range(P):
+                for j in tl.static_range(i + 1):
+                    tl.store(CB + (i * P + j), tl.sum(Cs[i] * Bs[j], 1), mask=c < chunks)
+        else:
+            DCB += ((b * chunks + c) * 2 + s) * (P * P)
+            dBs, dCs = (), ()
+            for i in tl.static_range(P):
+                dB, dC = tl.zeros_like(Bs[0]), tl.zeros_like(Bs[0])
+                for j in tl.static_range(P):
+                    if j <= i:
+                        dC += tl.load(DCB + (i * P + j), mask=c < chunks, other=0.0)[:, None] * Bs[j]
+                    if j >= i:
+                        dB += tl.load(DCB + (j * P + i), mask=c < chunks, other=0.0)[:, None] * Cs[j]
+                dBs, dCs = dBs + (dB * slopeB[i],), dCs + (dC * slopeC[i],)
+            DW += (b * tl.num_programs(0) + tl.program_id(0)) * K * width + s * (width // 2)
+            _conv_backward(dBs, xB, W + to_B, DX + ubc + to_B, DW + to_B, c, front, chunks, S, stride, width, K, P)
+            _conv_backward(dCs, xC, W + to_C, DX + ubc + to_C, DW + to_C, c, front, chunks, S, stride, width, K, P)
+
+    @triton.jit
+    def _ssm_kernel(X, W, CB, BIAS, A, SKIP, Y, DY, DCB, DX, DW, DBIAS, DA, DSKIP, S, front, chunks, BACKWARD: tl.constexpr,
+                    P: tl.constexpr, K: tl.constexpr, H: tl.constexpr, p: tl.constexpr, n: tl.constexpr, N: tl.constexpr):
+        """One head of one SSM in N chunks, by walking through their P tokens: u = SiLU(convolution), then
+            y_i = D u_i + sum_{j <= i} (C_i . B_j) decay_ij dt_j u_j,   decay_ij = exp(sum of dt A over j+1 ... i)
+        and y SiLU(z) to Y (2, b, S, H p). Backward: DCB (b, chunks, 2, H, P, P), the rest as their names say."""
+        b, s, h = tl.program_id(1).to(tl.int64), tl.program_id(2) // H, tl.program_id(2) % H
+        c, cols = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, p)[None, :]
+        stride: tl.constexpr = 2 * (2 * H * p + H + 2 * n)                        # as in _products_kernel
+        width: tl.constexpr = 2 * (H * p + 2 * n)
+        z_at, dt_at = (b * S * 2 + s) * (stride // 2) + h * p + cols, (b * S * 2 + s) * (stride // 2) + H * p + h
+        u_at, w_at = z_at + H * p + H, s * (width // 2) + h * p + cols
+        CB += ((b * chunks + c) * 2 + s) * (P * P)                                # (N,)
+        a, skip, bias = tl.load(A + s * H + h), tl.load(SKIP + s * H + h), tl.load(BIAS + s * H + h)
+        xs, us, slopes = _conv(X + u_at, W + w_at, c, front, chunks, S, stride, width, K, P)
+
+        vs, dts, decays, dys = (), (), (), ()
+        for i in tl.static_range(P):
+            t, inside = _token(c, i, front, chunks, S, P)
+            v = tl.load(X + dt_at + t * stride, mask=inside, other=-1e4).to(tl.float32) + bias
+            dt = tl.where(v > 20.0, v, tl.log(1 + tl.exp(v)))                     # softplus; 0 outside
+            vs, dts = vs + (v,), dts + (dt,)
+            decay, y = tl.exp(dt * a), skip * us[i]
+            for j in tl.static_range(i):                                          # decay_ij is number i (i + 1) / 2 + j
+                decays += (decays[i * (i - 1) // 2 + j] * decay,)
+            decays += (tl.full((N,), 1.0, tl.float32),)
+            for j in tl.static_range(i + 1):
+                m = tl.load(CB + (i * P + j), mask=c < chunks, other=0.0) * decays[i * (i + 1) // 2 + j] * dts[j]
+                y += m[:, None] * us[j]
+            gate, slope = _silu(tl.load(X + z_at + t[:, None] * stride, mask=inside[:, None], other=0.0).to(tl.float32))
+            cell = ((s * tl.num_programs(1) + b) * S + t)[:, None] * (H * p) + h * p + cols
             if BACKWARD:
-                dout = tl.load(DY + cells, mask=inside[:, None], other=0.0).to(tl.float32)
-                at_z = row + t[:, None] * (2 * size) + h * p + tl.arange(0, p)[None, :]
-                tl.store(DX + at_z, (dout * y * gate * (1 + z * (1 - gate))).to(DX.dtype.element_ty), mask=inside[:, None])
-                dy = dout * z * gate
-                low = dy.to(X.dtype.element_ty)
-                dM, dx = tl.dot(low, tl.trans(x), input_precision="tf32x3"), tl.dot(tl.trans(M), low, input_precision="tf32x3")
-                flow = dM * CB * decay                                            # d loss / d (cum_i - cum_j)
-                dlog_a = tl.cumsum(tl.sum(flow, 1) - tl.sum(flow, 0), 0, reverse=True)
-                dv = (tl.sum(dx * u, 1) + dlog_a * a) * tl.sigmoid(v)
-                tl.store(DX + at_dt, dv.to(DX.dtype.element_ty), mask=inside)
-                at = part * (2 * H) + s * H + h
-                tl.store(DBIAS + at, tl.sum(tl.where(inside, dv, 0.0), 0))
-                tl.store(DA + at, tl.sum(dlog_a * dt, 0))
-                tl.store(DSKIP + at, tl.sum(tl.sum(dy * u, 1), 0))
-                _conv_backward(XU + h * p, t, cu, dx * dt[:, None] + skip * dy, W + h * p, DX + row + inner + h * p, DW + h * p,
-                               S, size, width, p, K, P, Q)
-                dCB += dM * decay
+                dout = tl.load(DY + cell, mask=inside[:, None], other=0.0).to(tl.float32)
+                tl.store(DX + z_at + t[:, None] * stride, (dout * y * slope).to(DX.dtype.element_ty), mask=inside[:, None])
+                dys += (dout * gate,)
             else:
-                tl.store(Y + cells, (y * z * gate).to(Y.dtype.element_ty), mask=inside[:, None])
+                tl.store(Y + cell, (y * gate).to(Y.dtype.element_ty), mask=inside[:, None])
+
         if BACKWARD:
-            low = dCB.to(Bs.dtype)
-            dB, dC = tl.dot(tl.trans(low), Cs, input_precision="tf32x3"), tl.dot(low, Bs, input_precision="tf32x3")
-            _conv_backward(XU + at_B, t, cB, dB, W + at_B, DX + row + inner + at_B, DW + at_B, S, size, width, n, K, P, Q)
-            _conv_backward(XU + at_C, t, cC, dC, W + at_C, DX + row + inner + at_C, DW + at_C, S, size, width, n, K, P, Q)
+            DCB += (((b * chunks + c) * 2 + s) * H + h) * (P * P)
+            dconvs, flows, ddts, dskip = (), (), (), tl.zeros((N,), tl.float32)
+            for j in tl.static_range(P):
+                du, ddt = skip * dys[j], tl.zeros((N,), tl.float32)
+                for i in tl.static_range(j, P):
+                    m, g = tl.load(CB + (i * P + j), mask=c < chunks, other=0.0) * decays[i * (i + 1) // 2 + j], tl.sum(dys[i] * us[j], 1)
+                    tl.store(DCB + (i * P + j), g * decays[i * (i + 1) // 2 + j] * dts[j], mask=c < chunks)
+                    du, ddt = du + (m * dts[j])[:, None] * dys[i], ddt + g * m
+                    flows += (g * m * dts[j],)                                    # d loss / d log decay_ij: number j P - j (j - 1) / 2 + i - j
+                    if i == j:
+                        dskip += g
+                dconvs, ddts = dconvs + (du * slopes[j],), ddts + (ddt,)
+            dlog, da, dbias = tl.zeros((N,), tl.float32), tl.zeros((N,), tl.float32), tl.zeros((N,), tl.float32)
+            for i in tl.static_range(P - 1, -1, -1):                              # token i's dt A is part of decay_kj for all j < i <= k
+                for j in tl.static_range(i):
+                    dlog += flows[j * P - j * (j - 1) // 2 + i - j]
+                t, inside = _token(c, i, front, chunks, S, P)
+                dv = tl.where(inside, (ddts[i] + dlog * a) * tl.sigmoid(vs[i]), 0.0)
+                tl.store(DX + dt_at + t * stride, dv.to(DX.dtype.element_ty), mask=inside)
+                da, dbias = da + dlog * dts[i], dbias + dv
+                for k in tl.static_range(i + 1, P):
+                    dlog -= flows[i * P - i * (i - 1) // 2 + k - i]
+            part = b * tl.num_programs(0) + tl.program_id(0)                      # sums over tokens: a part per program
+            tl.store(DBIAS + part * (2 * H) + s * H + h, tl.sum(dbias, 0))
+            tl.store(DA + part * (2 * H) + s * H + h, tl.sum(da, 0))
+            tl.store(DSKIP + part * (2 * H) + s * H + h, tl.sum(dskip, 0))
+            _conv_backward(dconvs, xs, W + w_at, DX + u_at, DW + part * K * width + w_at, c, front, chunks, S, stride, width, K, P)
 
 
 def _attend_kernel(q, k, v, first, step, L):
@@ -1230,47 +1277,54 @@ def _attend_backward_kernel(grad, q, k, v, out, lse, first, step, L):
     return dq, dk, dv
 
 
-def _ssm_launch(x, w, bias, A, D, first, step, inner, groups, dy=None):
+def _ssm_launch(x, w, bias, A, D, first, step, inner, dy=None):
     """y, or with dy the gradients of x, w, bias, A, D."""
-    b, l, K, H = *x.shape[:2], len(w), A.shape[1]
-    Q, warps = TILES["ssm" if dy is None else "ssm backward"]
-    Q = max(Q, triton.next_power_of_2(step))
-    T, front, n = Q // step * step, step - 1 - int(first), (w.shape[2] - inner) // 2 // groups
-    grid = (triton.cdiv(front + l, T), b, 2 * groups)
-    sizes = (l, front, T, dy is not None, step, K, H, groups, inner // H, n, Q)
+    (b, l), K, H, n = x.shape[:2], len(w), A.shape[1], (w.shape[2] - inner) // 2
+    front = step - 1 - int(first)                                                 # tokens that the first chunk lacks
+    chunks, tiles = triton.cdiv(front + l, step), TILES["ssm" if dy is None else "ssm backward"]
+    sizes = (l, front, chunks), dict(P=step, K=K, H=H, p=inner // H, n=n)
     x, w = x.contiguous(), w.contiguous()
+    grid = lambda N, last: (triton.cdiv(chunks, N), b, last)
+    parts = dict(dtype=torch.float32, device=x.device)
+    CB = torch.empty(b, chunks, 2, step, step, **parts)
+    N, warps = TILES["ssm products"]
+    _products_kernel[grid(N, 2)](x, w, CB, CB, CB, CB, *sizes[0], False, **sizes[1], N=N, num_warps=warps)
+    N, warps = tiles
     if dy is None:
-        y = x.new_empty(b, l, 2, inner)
-        _ssm_kernel[grid](x, w, bias, A, D, y, *[y] * 6, *sizes, num_warps=warps)
+        y = x.new_empty(2, b, l, inner)
+        _ssm_kernel[grid(N, 2 * H)](x, w, CB, bias, A, D, y, *[y] * 7, *sizes[0], False, **sizes[1], N=N, num_warps=warps)
         return y
-    dx, dw = torch.empty_like(x), torch.empty(b * grid[0], *w.shape, dtype=torch.float32, device=x.device)
-    dbias, dA, dD = (torch.empty(b * grid[0], 2, H, dtype=torch.float32, device=x.device) for _ in range(3))
-    _ssm_kernel[grid](x, w, bias, A, D, x, dy.contiguous(), dx, dw, dbias, dA, dD, *sizes, num_warps=warps)
+    dx, dw = torch.empty_like(x), torch.empty(b * triton.cdiv(chunks, N), *w.shape, **parts)
+    dCB = torch.empty(b, chunks, 2, H, step, step, **parts)
+    dbias, dA, dD = (torch.empty(len(dw), 2, H, **parts) for _ in range(3))
+    _ssm_kernel[grid(N, 2 * H)](x, w, CB, bias, A, D, x, dy.contiguous(), dCB, dx, dw, dbias, dA, dD, *sizes[0], True, **sizes[1],
+                                N=N, num_warps=warps)
+    _products_kernel[grid(N, 2)](x, w, CB, dCB.sum(3), dx, dw, *sizes[0], True, **sizes[1], N=N, num_warps=warps)
     return dx, dw.sum(0).to(w.dtype), dbias.sum(0), dA.sum(0), dD.sum(0)
 
 
 @torch.library.custom_op(f"{__name__}::ssm", mutates_args=())
-def _ssm(x: Tensor, w: Tensor, bias: Tensor, A: Tensor, D: Tensor, first: Tensor, step: int, inner: int, groups: int) -> Tensor:
-    return _ssm_launch(x, w, bias, A, D, first, step, inner, groups)
+def _ssm(x: Tensor, w: Tensor, bias: Tensor, A: Tensor, D: Tensor, first: Tensor, step: int, inner: int) -> Tensor:
+    return _ssm_launch(x, w, bias, A, D, first, step, inner)
 
 
 @torch.library.custom_op(f"{__name__}::ssm_backward", mutates_args=())
-def _ssm_backward(x: Tensor, w: Tensor, bias: Tensor, A: Tensor, D: Tensor, first: Tensor, step: int, inner: int, groups: int,
+def _ssm_backward(x: Tensor, w: Tensor, bias: Tensor, A: Tensor, D: Tensor, first: Tensor, step: int, inner: int,
                   dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _ssm_launch(x, w, bias, A, D, first, step, inner, groups, dy)
+    return _ssm_launch(x, w, bias, A, D, first, step, inner, dy)
 
 
-_ssm.register_fake(lambda x, w, bias, A, D, first, step, inner, groups: x.new_empty(*x.shape[:3], inner))
+_ssm.register_fake(lambda x, w, bias, A, D, first, step, inner: x.new_empty(2, *x.shape[:2], inner))
 _ssm_backward.register_fake(lambda *inputs: tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs[:5]))
 
 
 def _ssm_setup(ctx, inputs, output):
-    *tensors, ctx.step, ctx.inner, ctx.groups = inputs
+    *tensors, ctx.step, ctx.inner = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _ssm_vjp(ctx, dy):
-    return *_ssm_backward(*ctx.saved_tensors, ctx.step, ctx.inner, ctx.groups, dy), None, None, None, None
+    return *_ssm_backward(*ctx.saved_tensors, ctx.step, ctx.inner, dy), None, None, None
 
 
 _ssm.register_autograd(_ssm_vjp, setup_context=_ssm_setup)

@@ -186,7 +186,7 @@ def check_case(seed):
         vocab_size=17, dim=16, n_layers=r.choice([1, 2, 3]), n_heads=heads, n_kv_heads=r.choice([None, 1, 2]), kv=kv,
         head_dim=None if kv == "ssm" else r.choice([None, 2, 6]), chunk_size=r.choice([None, 1, 2, 4, 7, 8, 20]),
         leading_tokens=r.choice([None, 0, 1, 5, 64]), chunking=r.choice(["uniform", "cyclic", "random", modulo_rule]),
-        ssm_state=r.choice([1, 4]), ssm_groups=r.choice([1, heads]), conv_size=r.choice([1, 2, 4]))
+        ssm_state=r.choice([1, 4]), conv_size=r.choice([1, 2, 4]))
     length, batch = r.choice([1, 2, 6, 7, 8, 9, 31, 64, 97]), r.choice([1, 3])
     tokens = torch.randint(17, (batch, length))
     mask = torch.rand(batch, length) < r.choice([0.1, 0.5]) if r.random() < 0.3 else None
@@ -425,7 +425,7 @@ def test_chunk_rules():
 
 @pytest.mark.parametrize("field, value", [
     ("vocab_size", 0), ("dim", -1), ("n_layers", 0), ("n_heads", 3), ("n_kv_heads", 3), ("head_dim", 3), ("head_dim", 4), ("kv", "mlp"),
-    ("chunk_size", 0), ("chunk_size", 2.5), ("leading_tokens", -1), ("chunking", "words"), ("ssm_heads", 3), ("ssm_groups", 3),
+    ("chunk_size", 0), ("chunk_size", 2.5), ("leading_tokens", -1), ("chunking", "words"), ("ssm_heads", 3),
     ("ssm_state", 0), ("conv_size", 0), ("rope_theta", 0.0), ("norm_eps", 0.0)])
 def test_bad_config_names_the_field(field, value):
     with pytest.raises(ValueError, match=f"{field} must be"):
