@@ -980,12 +980,12 @@ def _kernels_fit(q: Tensor) -> bool:
 
 def _ssm_kernel_fits(x: Tensor, config: AttambaConfig) -> bool:
     return (triton is not None and (x.is_cuda or INTERPRET) and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-            and config.chunk_size <= 16 and config.ssm_inner // config.ssm_heads in (16, 32, 64, 128) and config.ssm_state in (16, 32, 64, 128))
+            and config.chunk_size <= 64 and config.ssm_inner // config.ssm_heads in (16, 32, 64, 128) and config.ssm_state in (16, 32, 64, 128))
 
 
 # Queries and keys per tile, warps, pipeline stages: the fastest of those measured on an H200.
 TILES = {"forward": (64, 64, 4, 2), "dq": (64, 64, 4, 2), "dkv window": (64, 64, 4, 2), "dkv chunks": (64, 64, 4, 3),
-         "ssm products": (4, 1), "ssm": (4, 1), "ssm backward": (4, 1)}
+         "conv": (64, 64, 4), "ssm": (16, 1), "ssm backward": (16, 1)}
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs the kernels on a CPU, slowly: for tests
 
 
@@ -995,6 +995,11 @@ if triton is not None:
     def _rows(X, t, S, H: tl.constexpr, size: tl.constexpr, D: tl.constexpr):
         """The first D entries at tokens t of X (S, H, size) at one head: (t, D), zero outside 0 ... S - 1."""
         return tl.load(X + t[:, None] * (H * size) + tl.arange(0, D)[None, :], mask=((t >= 0) & (t < S))[:, None], other=0.0)
+
+    @triton.jit
+    def _put(X, t, S, H: tl.constexpr, size: tl.constexpr, D: tl.constexpr, x):
+        """Store (t, D) where _rows would load it."""
+        tl.store(X + t[:, None] * (H * size) + tl.arange(0, D)[None, :], x.to(X.dtype.element_ty), mask=((t >= 0) & (t < S))[:, None])
 
     @triton.jit
     def _seen(t, s, L, KIND: tl.constexpr):
@@ -1110,147 +1115,92 @@ if triton is not None:
         tl.store(DV + base + at, dv.to(DV.dtype.element_ty), mask=(s < S)[:, None])
 
     @triton.jit
-    def _silu(x):
-        """SiLU(x) and its derivative."""
-        s = tl.sigmoid(x)
-        return x * s, s * (1 + x * (1 - s))
-
-    @triton.jit
-    def _token(c, i, front, chunks, S, P: tl.constexpr):
-        """Which token is number i of the chunks c, and is there such a token?"""
-        t = c * P + i - front
-        return t, (c < chunks) & (t >= 0) & (t < S)
-
-    @triton.jit
-    def _conv(X, W, c, front, chunks, S, stride: tl.constexpr, width: tl.constexpr, K: tl.constexpr, P: tl.constexpr):
-        """SiLU(sum_k w_k x_{i-k}) of the P tokens of the chunks c (N,), channels at X and W (1, p): three tuples
-        over the tokens, x, the result, and the derivative of the SiLU, each (N, p). Chunks begin with nothing before."""
-        xs, us, slopes = (), (), ()
-        for i in tl.static_range(P):
-            t, inside = _token(c, i, front, chunks, S, P)
-            xs += (tl.load(X + t[:, None] * stride, mask=inside[:, None], other=0.0).to(tl.float32),)
-            y = tl.load(W).to(tl.float32) * xs[i]
-            for k in tl.static_range(1, K):
-                if k <= i:
-                    y += tl.load(W + k * width).to(tl.float32) * xs[i - k]
-            u, slope = _silu(y)
-            us, slopes = us + (u,), slopes + (slope,)
-        return xs, us, slopes
-
-    @triton.jit
-    def _conv_backward(dys, xs, W, DX, DW, c, front, chunks, S, stride: tl.constexpr, width: tl.constexpr, K: tl.constexpr, P: tl.constexpr):
-        """From the gradient before the SiLU, those of x to DX and of the weights, these chunks' part, to DW."""
-        for i in tl.static_range(P):
-            t, inside = _token(c, i, front, chunks, S, P)
-            dx = tl.load(W).to(tl.float32) * dys[i]
-            for k in tl.static_range(1, K):
-                if i + k < P:
-                    dx += tl.load(W + k * width).to(tl.float32) * dys[i + k]
-            tl.store(DX + t[:, None] * stride, dx.to(DX.dtype.element_ty), mask=inside[:, None])
-        for k in tl.static_range(K):
-            dw = tl.zeros_like(xs[0])
-            for i in tl.static_range(P):
-                if i >= k:
-                    dw += dys[i] * xs[i - k]
-            tl.store(DW + k * width, tl.sum(dw, 0, keep_dims=True))
-
-    @triton.jit
-    def _products_kernel(X, W, CB, DCB, DX, DW, S, front, chunks, BACKWARD: tl.constexpr, P: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
-                         p: tl.constexpr, n: tl.constexpr, N: tl.constexpr):
-        """B and C of N chunks of one SSM by convolution and SiLU, and C_i . B_j for j <= i to CB (b, chunks, 2, P, P)."""
-        b, s, c = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.program_id(0) * N + tl.arange(0, N)
-        stride: tl.constexpr = 2 * (2 * H * p + H + 2 * n)                        # of a token of X (b, S, 2, z | dt | u B C)
-        width: tl.constexpr = 2 * (H * p + 2 * n)                                 # of a tap of W
-        to_B, to_C = H * p + tl.arange(0, n)[None, :], H * p + n + tl.arange(0, n)[None, :]
-        ubc, W = (b * S * 2 + s) * (stride // 2) + H * p + H, W + s * (width // 2)
-        xB, Bs, slopeB = _conv(X + ubc + to_B, W + to_B, c, front, chunks, S, stride, width, K, P)
-        xC, Cs, slopeC = _conv(X + ubc + to_C, W + to_C, c, front, chunks, S, stride, width, K, P)
-        CB += ((b * chunks + c) * 2 + s) * (P * P)
+    def _conv_kernel(X, W, Y, DY, DX, DW, S, front, BACKWARD: tl.constexpr, P: tl.constexpr, K: tl.constexpr, width: tl.constexpr,
+                     size: tl.constexpr, T: tl.constexpr, N: tl.constexpr):
+        """chunk_conv of T tokens and N channels; X (b, S, 2, z | dt | u B C) -> Y (b, S, 2, u B C), W (K, 2, width).
+        Backward: the gradient of X to DX, and this tile's part of that of W to DW."""
+        b, s, j = tl.program_id(1).to(tl.int64), tl.program_id(2) % 2, tl.program_id(2) // 2 * N + tl.arange(0, N)[None, :]
+        t = tl.program_id(0) * T + tl.arange(0, T)[:, None]
+        i, inside = (t + front) % P, (t < S) & (j < width)                        # i: number of the token in its chunk
+        X += (b * S * 2 + s) * size + (size - width) + j
+        Y += (b * S * 2 + s) * width + j
+        W += s * width + j
         if not BACKWARD:
-            for i in tl.static_range(P):
-                for j in tl.static_range(i + 1):
-                    tl.store(CB + (i * P + j), tl.sum(Cs[i] * Bs[j], 1), mask=c < chunks)
+            y = tl.zeros((T, N), tl.float32)
+            for k in tl.static_range(K):
+                x = tl.load(X + (t - k) * (2 * size), mask=inside & (i >= k) & (t >= k), other=0.0)
+                y += tl.load(W + k * (2 * width), mask=j < width).to(tl.float32) * x
+            tl.store(Y + t * (2 * width), y.to(Y.dtype.element_ty), mask=inside)
         else:
-            DCB += ((b * chunks + c) * 2 + s) * (P * P)
-            dBs, dCs = (), ()
-            for i in tl.static_range(P):
-                dB, dC = tl.zeros_like(Bs[0]), tl.zeros_like(Bs[0])
-                for j in tl.static_range(P):
-                    if j <= i:
-                        dC += tl.load(DCB + (i * P + j), mask=c < chunks, other=0.0)[:, None] * Bs[j]
-                    if j >= i:
-                        dB += tl.load(DCB + (j * P + i), mask=c < chunks, other=0.0)[:, None] * Cs[j]
-                dBs, dCs = dBs + (dB * slopeB[i],), dCs + (dC * slopeC[i],)
-            DW += (b * tl.num_programs(0) + tl.program_id(0)) * K * width + s * (width // 2)
-            _conv_backward(dBs, xB, W + to_B, DX + ubc + to_B, DW + to_B, c, front, chunks, S, stride, width, K, P)
-            _conv_backward(dCs, xC, W + to_C, DX + ubc + to_C, DW + to_C, c, front, chunks, S, stride, width, K, P)
+            DY += (b * S * 2 + s) * width + j
+            DW += (b * tl.num_programs(0) + tl.program_id(0)) * (K * 2 * width) + s * width + j
+            dx, dy = tl.zeros((T, N), tl.float32), tl.load(DY + t * (2 * width), mask=inside, other=0.0).to(tl.float32)
+            for k in tl.static_range(K):
+                later = tl.load(DY + (t + k) * (2 * width), mask=inside & (i + k < P) & (t + k < S), other=0.0)
+                dx += tl.load(W + k * (2 * width), mask=j < width).to(tl.float32) * later
+                x = tl.load(X + (t - k) * (2 * size), mask=inside & (i >= k) & (t >= k), other=0.0)
+                tl.store(DW + k * (2 * width), tl.sum(dy * x, 0)[None, :], mask=j < width)
+            tl.store(DX + (b * S * 2 + s) * size + (size - width) + j + t * (2 * size), dx.to(DX.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _ssm_kernel(X, W, CB, BIAS, A, SKIP, Y, DY, DCB, DX, DW, DBIAS, DA, DSKIP, S, front, chunks, BACKWARD: tl.constexpr,
-                    P: tl.constexpr, K: tl.constexpr, H: tl.constexpr, p: tl.constexpr, n: tl.constexpr, N: tl.constexpr):
-        """One head of one SSM in N chunks, by walking through their P tokens: u = SiLU(convolution), then
-            y_i = D u_i + sum_{j <= i} (C_i . B_j) decay_ij dt_j u_j,   decay_ij = exp(sum of dt A over j+1 ... i)
-        and y SiLU(z) to Y (2, b, S, H p). Backward: DCB (b, chunks, 2, H, P, P), the rest as their names say."""
-        b, s, h = tl.program_id(1).to(tl.int64), tl.program_id(2) // H, tl.program_id(2) % H
-        c, cols = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, p)[None, :]
-        stride: tl.constexpr = 2 * (2 * H * p + H + 2 * n)                        # as in _products_kernel
-        width: tl.constexpr = 2 * (H * p + 2 * n)
-        z_at, dt_at = (b * S * 2 + s) * (stride // 2) + h * p + cols, (b * S * 2 + s) * (stride // 2) + H * p + h
-        u_at, w_at = z_at + H * p + H, s * (width // 2) + h * p + cols
-        CB += ((b * chunks + c) * 2 + s) * (P * P)                                # (N,)
-        a, skip, bias = tl.load(A + s * H + h), tl.load(SKIP + s * H + h), tl.load(BIAS + s * H + h)
-        xs, us, slopes = _conv(X + u_at, W + w_at, c, front, chunks, S, stride, width, K, P)
+    def _silu(x):
+        """SiLU(x) and its derivative, float32."""
+        x = x.to(tl.float32)
+        sigmoid = tl.sigmoid(x)
+        return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
 
-        vs, dts, decays, dys = (), (), (), ()
-        for i in tl.static_range(P):
-            t, inside = _token(c, i, front, chunks, S, P)
-            v = tl.load(X + dt_at + t * stride, mask=inside, other=-1e4).to(tl.float32) + bias
-            dt = tl.where(v > 20.0, v, tl.log(1 + tl.exp(v)))                     # softplus; 0 outside
-            vs, dts = vs + (v,), dts + (dt,)
-            decay, y = tl.exp(dt * a), skip * us[i]
-            for j in tl.static_range(i):                                          # decay_ij is number i (i + 1) / 2 + j
-                decays += (decays[i * (i - 1) // 2 + j] * decay,)
-            decays += (tl.full((N,), 1.0, tl.float32),)
-            for j in tl.static_range(i + 1):
-                m = tl.load(CB + (i * P + j), mask=c < chunks, other=0.0) * decays[i * (i + 1) // 2 + j] * dts[j]
-                y += m[:, None] * us[j]
-            gate, slope = _silu(tl.load(X + z_at + t[:, None] * stride, mask=inside[:, None], other=0.0).to(tl.float32))
-            cell = ((s * tl.num_programs(1) + b) * S + t)[:, None] * (H * p) + h * p + cols
-            if BACKWARD:
-                dout = tl.load(DY + cell, mask=inside[:, None], other=0.0).to(tl.float32)
-                tl.store(DX + z_at + t[:, None] * stride, (dout * y * slope).to(DX.dtype.element_ty), mask=inside[:, None])
-                dys += (dout * gate,)
+    @triton.jit
+    def _ssm_kernel(X, UBC, BIAS, A, SKIP, Y, DY, DX, DUBC, DBIAS, DA, DSKIP, S, front, T, BACKWARD: tl.constexpr, P: tl.constexpr,
+                    H: tl.constexpr, p: tl.constexpr, n: tl.constexpr, Q: tl.constexpr):
+        """From X (b, S, 2, z | dt | .) and UBC, the convolution's (b, S, 2, u B C) before its SiLU, to y SiLU(z) (2, b, S, H p):
+        T <= Q tokens, whole chunks of P, of one SSM. No state enters or leaves them."""
+        b, s = tl.program_id(1).to(tl.int64), tl.program_id(2)
+        width: tl.constexpr = H * p + 2 * n
+        size: tl.constexpr = H * p + H + width
+        i = tl.arange(0, Q)
+        t = tl.where(i < T, tl.program_id(0) * T + i - front, -1)                 # token of each row of the tile
+        inside = (t >= 0) & (t < S)
+        same = (i[:, None] >= i[None, :]) & (i[:, None] // P == i[None, :] // P)
+        x_row, c_row, y_row = (b * S * 2 + s) * size, (b * S * 2 + s) * width, (s * tl.num_programs(1) + b) * S * (H * p)
+        at_B = c_row + H * p
+        CB = tl.dot(_silu(_rows(UBC + at_B + n, t, S, 2, width, n))[0].to(X.dtype.element_ty),
+                    tl.trans(_silu(_rows(UBC + at_B, t, S, 2, width, n))[0].to(X.dtype.element_ty)), input_precision="tf32x3")   # (Q, Q)
+        dCB = tl.zeros((Q, Q), tl.float32)
+        for h in range(H):
+            a, skip = tl.load(A + s * H + h), tl.load(SKIP + s * H + h)
+            at_z, at_dt = x_row + h * p, x_row + H * p + h + t * (2 * size)
+            v = tl.load(X + at_dt, mask=inside, other=0.0).to(tl.float32) + tl.load(BIAS + s * H + h)
+            dt = tl.where(inside, tl.where(v > 20.0, v, tl.log(1 + tl.exp(v))), 0.0)   # softplus
+            cum = tl.cumsum(dt * a, 0)
+            decay = tl.where(same, tl.exp(tl.minimum(cum[:, None] - cum[None, :], 0.0)), 0.0)
+            u, slope_u = _silu(_rows(UBC + c_row + h * p, t, S, 2, width, p))
+            gate, slope_z = _silu(_rows(X + at_z, t, S, 2, size, p))
+            x, M = (u * dt[:, None]).to(X.dtype.element_ty), (CB * decay).to(X.dtype.element_ty)
+            y = tl.dot(M, x, input_precision="tf32x3") + skip * u
+            if not BACKWARD:
+                _put(Y + y_row + h * p, t, S, 1, H * p, p, y * gate)
             else:
-                tl.store(Y + cell, (y * gate).to(Y.dtype.element_ty), mask=inside[:, None])
-
+                dout = _rows(DY + y_row + h * p, t, S, 1, H * p, p).to(tl.float32)
+                _put(DX + at_z, t, S, 2, size, p, dout * y * slope_z)
+                dy = dout * gate
+                low = dy.to(X.dtype.element_ty)
+                dM, dx = tl.dot(low, tl.trans(x), input_precision="tf32x3"), tl.dot(tl.trans(M), low, input_precision="tf32x3")
+                flow = dM * CB * decay                                            # d loss / d (cum_i - cum_j)
+                dlog_a = tl.cumsum(tl.sum(flow, 1) - tl.sum(flow, 0), 0, reverse=True)
+                dv = tl.where(inside, (tl.sum(dx * u, 1) + dlog_a * a) * tl.sigmoid(v), 0.0)
+                tl.store(DX + at_dt, dv.to(DX.dtype.element_ty), mask=inside)
+                at = (b * tl.num_programs(0) + tl.program_id(0)) * (2 * H) + s * H + h      # sums over tokens: a part per tile
+                tl.store(DBIAS + at, tl.sum(dv, 0))
+                tl.store(DA + at, tl.sum(dlog_a * dt, 0))
+                tl.store(DSKIP + at, tl.sum(tl.sum(dy * u, 1), 0))
+                _put(DUBC + c_row + h * p, t, S, 2, width, p, (dx * dt[:, None] + skip * dy) * slope_u)
+                dCB += dM * decay
         if BACKWARD:
-            DCB += (((b * chunks + c) * 2 + s) * H + h) * (P * P)
-            dconvs, flows, ddts, dskip = (), (), (), tl.zeros((N,), tl.float32)
-            for j in tl.static_range(P):
-                du, ddt = skip * dys[j], tl.zeros((N,), tl.float32)
-                for i in tl.static_range(j, P):
-                    m, g = tl.load(CB + (i * P + j), mask=c < chunks, other=0.0) * decays[i * (i + 1) // 2 + j], tl.sum(dys[i] * us[j], 1)
-                    tl.store(DCB + (i * P + j), g * decays[i * (i + 1) // 2 + j] * dts[j], mask=c < chunks)
-                    du, ddt = du + (m * dts[j])[:, None] * dys[i], ddt + g * m
-                    flows += (g * m * dts[j],)                                    # d loss / d log decay_ij: number j P - j (j - 1) / 2 + i - j
-                    if i == j:
-                        dskip += g
-                dconvs, ddts = dconvs + (du * slopes[j],), ddts + (ddt,)
-            dlog, da, dbias = tl.zeros((N,), tl.float32), tl.zeros((N,), tl.float32), tl.zeros((N,), tl.float32)
-            for i in tl.static_range(P - 1, -1, -1):                              # token i's dt A is part of decay_kj for all j < i <= k
-                for j in tl.static_range(i):
-                    dlog += flows[j * P - j * (j - 1) // 2 + i - j]
-                t, inside = _token(c, i, front, chunks, S, P)
-                dv = tl.where(inside, (ddts[i] + dlog * a) * tl.sigmoid(vs[i]), 0.0)
-                tl.store(DX + dt_at + t * stride, dv.to(DX.dtype.element_ty), mask=inside)
-                da, dbias = da + dlog * dts[i], dbias + dv
-                for k in tl.static_range(i + 1, P):
-                    dlog -= flows[i * P - i * (i - 1) // 2 + k - i]
-            part = b * tl.num_programs(0) + tl.program_id(0)                      # sums over tokens: a part per program
-            tl.store(DBIAS + part * (2 * H) + s * H + h, tl.sum(dbias, 0))
-            tl.store(DA + part * (2 * H) + s * H + h, tl.sum(da, 0))
-            tl.store(DSKIP + part * (2 * H) + s * H + h, tl.sum(dskip, 0))
-            _conv_backward(dconvs, xs, W + w_at, DX + u_at, DW + part * K * width + w_at, c, front, chunks, S, stride, width, K, P)
+            low = dCB.to(X.dtype.element_ty)
+            B, slope_B = _silu(_rows(UBC + at_B, t, S, 2, width, n))              # again: cheaper than to keep them
+            C, slope_C = _silu(_rows(UBC + at_B + n, t, S, 2, width, n))
+            _put(DUBC + at_B, t, S, 2, width, n, tl.dot(tl.trans(low), C.to(low.dtype), input_precision="tf32x3") * slope_B)
+            _put(DUBC + at_B + n, t, S, 2, width, n, tl.dot(low, B.to(low.dtype), input_precision="tf32x3") * slope_C)
 
 
 def _attend_kernel(q, k, v, first, step, L):
@@ -1279,27 +1229,25 @@ def _attend_backward_kernel(grad, q, k, v, out, lse, first, step, L):
 
 def _ssm_launch(x, w, bias, A, D, first, step, inner, dy=None):
     """y, or with dy the gradients of x, w, bias, A, D."""
-    (b, l), K, H, n = x.shape[:2], len(w), A.shape[1], (w.shape[2] - inner) // 2
-    front = step - 1 - int(first)                                                 # tokens that the first chunk lacks
-    chunks, tiles = triton.cdiv(front + l, step), TILES["ssm" if dy is None else "ssm backward"]
-    sizes = (l, front, chunks), dict(P=step, K=K, H=H, p=inner // H, n=n)
-    x, w = x.contiguous(), w.contiguous()
-    grid = lambda N, last: (triton.cdiv(chunks, N), b, last)
-    parts = dict(dtype=torch.float32, device=x.device)
-    CB = torch.empty(b, chunks, 2, step, step, **parts)
-    N, warps = TILES["ssm products"]
-    _products_kernel[grid(N, 2)](x, w, CB, CB, CB, CB, *sizes[0], False, **sizes[1], N=N, num_warps=warps)
-    N, warps = tiles
+    (b, l, _, size), (K, _, width), H = x.shape, w.shape, A.shape[1]
+    x, w, front = x.contiguous(), w.contiguous(), step - 1 - int(first)           # front: tokens that the first chunk lacks
+    T, N, warps = TILES["conv"]
+    conv_grid, conv_sizes = (triton.cdiv(l, T), b, 2 * triton.cdiv(width, N)), dict(P=step, K=K, width=width, size=size, T=T, N=N, num_warps=warps)
+    ubc = x.new_empty(b, l, 2, width)
+    _conv_kernel[conv_grid](x, w, ubc, x, x, x, l, front, False, **conv_sizes)
+    Q, warps = TILES["ssm" if dy is None else "ssm backward"]
+    Q = max(Q, triton.next_power_of_2(step))
+    grid = (triton.cdiv(front + l, Q // step * step), b, 2)
+    sizes = (l, front, Q // step * step), dict(P=step, H=H, p=inner // H, n=(width - inner) // 2, Q=Q, num_warps=warps)
     if dy is None:
         y = x.new_empty(2, b, l, inner)
-        _ssm_kernel[grid(N, 2 * H)](x, w, CB, bias, A, D, y, *[y] * 7, *sizes[0], False, **sizes[1], N=N, num_warps=warps)
+        _ssm_kernel[grid](x, ubc, bias, A, D, y, *[y] * 6, *sizes[0], False, **sizes[1])
         return y
-    dx, dw = torch.empty_like(x), torch.empty(b * triton.cdiv(chunks, N), *w.shape, **parts)
-    dCB = torch.empty(b, chunks, 2, H, step, step, **parts)
-    dbias, dA, dD = (torch.empty(len(dw), 2, H, **parts) for _ in range(3))
-    _ssm_kernel[grid(N, 2 * H)](x, w, CB, bias, A, D, x, dy.contiguous(), dCB, dx, dw, dbias, dA, dD, *sizes[0], True, **sizes[1],
-                                N=N, num_warps=warps)
-    _products_kernel[grid(N, 2)](x, w, CB, dCB.sum(3), dx, dw, *sizes[0], True, **sizes[1], N=N, num_warps=warps)
+    dx, dubc = torch.empty_like(x), torch.empty_like(ubc)
+    dbias, dA, dD = (torch.empty(b * grid[0], 2, H, dtype=torch.float32, device=x.device) for _ in range(3))
+    dw = torch.empty(b * conv_grid[0], *w.shape, dtype=torch.float32, device=x.device)
+    _ssm_kernel[grid](x, ubc, bias, A, D, x, dy.contiguous(), dx, dubc, dbias, dA, dD, *sizes[0], True, **sizes[1])
+    _conv_kernel[conv_grid](x, w, ubc, dubc, dx, dw, l, front, True, **conv_sizes)
     return dx, dw.sum(0).to(w.dtype), dbias.sum(0), dA.sum(0), dD.sum(0)
 
 
