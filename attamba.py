@@ -50,6 +50,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 try:  # only for the optional CUDA kernels at the end
     import triton
     import triton.language as tl
+    from triton.language.extra import libdevice
 except ImportError:
     triton = None
 
@@ -985,11 +986,12 @@ def _ssm_kernel_fits(x: Tensor, config: AttambaConfig) -> bool:
 
 # Queries and keys per tile, warps, pipeline stages: the fastest of those measured on an H200.
 TILES = {"forward": (64, 64, 4, 2), "dq": (64, 64, 4, 2), "dkv window": (64, 64, 4, 2), "dkv chunks": (64, 64, 4, 3),
-         "conv": (64, 64, 4), "ssm": (16, 1), "ssm backward": (16, 1)}
+         "conv": (64, 64, 4, 1), "conv backward": (16, 64, 2, 16), "ssm": (16, 1), "ssm backward": (16, 1)}
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs the kernels on a CPU, slowly: for tests
 
 
 if triton is not None:
+    FAST = tl.constexpr(not INTERPRET)
 
     @triton.jit
     def _rows(X, t, S, H: tl.constexpr, size: tl.constexpr, D: tl.constexpr):
@@ -1116,37 +1118,52 @@ if triton is not None:
 
     @triton.jit
     def _conv_kernel(X, W, Y, DY, DX, DW, S, front, BACKWARD: tl.constexpr, P: tl.constexpr, K: tl.constexpr, width: tl.constexpr,
-                     size: tl.constexpr, T: tl.constexpr, N: tl.constexpr):
+                     size: tl.constexpr, T: tl.constexpr, N: tl.constexpr, STEPS: tl.constexpr):
         """chunk_conv of T tokens and N channels; X (b, S, 2, z | dt | u B C) -> Y (b, S, 2, u B C), W (K, 2, width).
-        Backward: the gradient of X to DX, and this tile's part of that of W to DW."""
+        Backward: the gradient of X to DX, and these tokens' part of that of W to DW."""
         b, s, j = tl.program_id(1).to(tl.int64), tl.program_id(2) % 2, tl.program_id(2) // 2 * N + tl.arange(0, N)[None, :]
-        t = tl.program_id(0) * T + tl.arange(0, T)[:, None]
-        i, inside = (t + front) % P, (t < S) & (j < width)                        # i: number of the token in its chunk
-        X += (b * S * 2 + s) * size + (size - width) + j
-        Y += (b * S * 2 + s) * width + j
-        W += s * width + j
-        if not BACKWARD:
-            y = tl.zeros((T, N), tl.float32)
+        x_at, y_at, W = (b * S * 2 + s) * size + (size - width) + j, (b * S * 2 + s) * width + j, W + s * width + j
+        dws = ()
+        for k in tl.static_range(K):
+            dws += (tl.zeros((T, N), tl.float32),)
+        for step in range(STEPS if BACKWARD else 1):
+            t = (tl.program_id(0) * (STEPS if BACKWARD else 1) + step) * T + tl.arange(0, T)[:, None]
+            i, inside = (t + front) % P, (t < S) & (j < width)                    # i: number of the token in its chunk
+            out, new = tl.zeros((T, N), tl.float32), ()
+            if BACKWARD:
+                dy = tl.load(DY + y_at + t * (2 * width), mask=inside, other=0.0).to(tl.float32)
             for k in tl.static_range(K):
-                x = tl.load(X + (t - k) * (2 * size), mask=inside & (i >= k) & (t >= k), other=0.0)
-                y += tl.load(W + k * (2 * width), mask=j < width).to(tl.float32) * x
-            tl.store(Y + t * (2 * width), y.to(Y.dtype.element_ty), mask=inside)
-        else:
-            DY += (b * S * 2 + s) * width + j
-            DW += (b * tl.num_programs(0) + tl.program_id(0)) * (K * 2 * width) + s * width + j
-            dx, dy = tl.zeros((T, N), tl.float32), tl.load(DY + t * (2 * width), mask=inside, other=0.0).to(tl.float32)
+                w = tl.load(W + k * (2 * width), mask=j < width, other=0.0).to(tl.float32)
+                x = tl.load(X + x_at + (t - k) * (2 * size), mask=inside & (i >= k) & (t >= k), other=0.0).to(tl.float32)
+                if BACKWARD:
+                    out += w * tl.load(DY + y_at + (t + k) * (2 * width), mask=inside & (i + k < P) & (t + k < S), other=0.0)
+                    new += (dws[k] + dy * x,)
+                else:
+                    out += w * x
+            if BACKWARD:
+                dws = new
+                tl.store(DX + x_at + t * (2 * size), out.to(DX.dtype.element_ty), mask=inside)
+            else:
+                tl.store(Y + y_at + t * (2 * width), out.to(Y.dtype.element_ty), mask=inside)
+        if BACKWARD:
+            part = b * tl.num_programs(0) + tl.program_id(0)
             for k in tl.static_range(K):
-                later = tl.load(DY + (t + k) * (2 * width), mask=inside & (i + k < P) & (t + k < S), other=0.0)
-                dx += tl.load(W + k * (2 * width), mask=j < width).to(tl.float32) * later
-                x = tl.load(X + (t - k) * (2 * size), mask=inside & (i >= k) & (t >= k), other=0.0)
-                tl.store(DW + k * (2 * width), tl.sum(dy * x, 0)[None, :], mask=j < width)
-            tl.store(DX + (b * S * 2 + s) * size + (size - width) + j + t * (2 * size), dx.to(DX.dtype.element_ty), mask=inside)
+                tl.store(DW + (part * K + k) * (2 * width) + s * width + j, tl.sum(dws[k], 0)[None, :], mask=j < width)
+
+    @triton.jit
+    def _exp(x):
+        """exp without care for denormal numbers: half the instructions."""
+        return libdevice.fast_expf(x) if FAST else tl.exp(x)
+
+    @triton.jit
+    def _sigmoid(x):
+        return libdevice.fast_dividef(1.0, 1.0 + _exp(-x)) if FAST else tl.sigmoid(x)
 
     @triton.jit
     def _silu(x):
         """SiLU(x) and its derivative, float32."""
         x = x.to(tl.float32)
-        sigmoid = tl.sigmoid(x)
+        sigmoid = _sigmoid(x)
         return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
 
     @triton.jit
@@ -1170,9 +1187,9 @@ if triton is not None:
             a, skip = tl.load(A + s * H + h), tl.load(SKIP + s * H + h)
             at_z, at_dt = x_row + h * p, x_row + H * p + h + t * (2 * size)
             v = tl.load(X + at_dt, mask=inside, other=0.0).to(tl.float32) + tl.load(BIAS + s * H + h)
-            dt = tl.where(inside, tl.where(v > 20.0, v, tl.log(1 + tl.exp(v))), 0.0)   # softplus
+            dt = tl.where(inside, tl.where(v > 20.0, v, tl.log(1 + _exp(v))), 0.0)   # softplus
             cum = tl.cumsum(dt * a, 0)
-            decay = tl.where(same, tl.exp(tl.minimum(cum[:, None] - cum[None, :], 0.0)), 0.0)
+            decay = tl.where(same, _exp(tl.minimum(cum[:, None] - cum[None, :], 0.0)), 0.0)
             u, slope_u = _silu(_rows(UBC + c_row + h * p, t, S, 2, width, p))
             gate, slope_z = _silu(_rows(X + at_z, t, S, 2, size, p))
             x, M = (u * dt[:, None]).to(X.dtype.element_ty), (CB * decay).to(X.dtype.element_ty)
@@ -1187,7 +1204,7 @@ if triton is not None:
                 dM, dx = tl.dot(low, tl.trans(x), input_precision="tf32x3"), tl.dot(tl.trans(M), low, input_precision="tf32x3")
                 flow = dM * CB * decay                                            # d loss / d (cum_i - cum_j)
                 dlog_a = tl.cumsum(tl.sum(flow, 1) - tl.sum(flow, 0), 0, reverse=True)
-                dv = tl.where(inside, (tl.sum(dx * u, 1) + dlog_a * a) * tl.sigmoid(v), 0.0)
+                dv = tl.where(inside, (tl.sum(dx * u, 1) + dlog_a * a) * _sigmoid(v), 0.0)
                 tl.store(DX + at_dt, dv.to(DX.dtype.element_ty), mask=inside)
                 at = (b * tl.num_programs(0) + tl.program_id(0)) * (2 * H) + s * H + h      # sums over tokens: a part per tile
                 tl.store(DBIAS + at, tl.sum(dv, 0))
@@ -1231,10 +1248,13 @@ def _ssm_launch(x, w, bias, A, D, first, step, inner, dy=None):
     """y, or with dy the gradients of x, w, bias, A, D."""
     (b, l, _, size), (K, _, width), H = x.shape, w.shape, A.shape[1]
     x, w, front = x.contiguous(), w.contiguous(), step - 1 - int(first)           # front: tokens that the first chunk lacks
-    T, N, warps = TILES["conv"]
-    conv_grid, conv_sizes = (triton.cdiv(l, T), b, 2 * triton.cdiv(width, N)), dict(P=step, K=K, width=width, size=size, T=T, N=N, num_warps=warps)
     ubc = x.new_empty(b, l, 2, width)
-    _conv_kernel[conv_grid](x, w, ubc, x, x, x, l, front, False, **conv_sizes)
+
+    def conv(name, *tensors):
+        T, N, warps, steps = TILES[name]
+        _conv_kernel[(triton.cdiv(l, T * steps), b, 2 * triton.cdiv(width, N))](
+            x, w, *tensors, l, front, name != "conv", step, K, width, size, T, N, steps, num_warps=warps)
+    conv("conv", ubc, x, x, x)
     Q, warps = TILES["ssm" if dy is None else "ssm backward"]
     Q = max(Q, triton.next_power_of_2(step))
     grid = (triton.cdiv(front + l, Q // step * step), b, 2)
@@ -1245,9 +1265,9 @@ def _ssm_launch(x, w, bias, A, D, first, step, inner, dy=None):
         return y
     dx, dubc = torch.empty_like(x), torch.empty_like(ubc)
     dbias, dA, dD = (torch.empty(b * grid[0], 2, H, dtype=torch.float32, device=x.device) for _ in range(3))
-    dw = torch.empty(b * conv_grid[0], *w.shape, dtype=torch.float32, device=x.device)
+    dw = torch.empty(b * triton.cdiv(l, TILES["conv backward"][0] * TILES["conv backward"][3]), *w.shape, dtype=torch.float32, device=x.device)
     _ssm_kernel[grid](x, ubc, bias, A, D, x, dy.contiguous(), dx, dubc, dbias, dA, dD, *sizes[0], True, **sizes[1])
-    _conv_kernel[conv_grid](x, w, ubc, dubc, dx, dw, l, front, True, **conv_sizes)
+    conv("conv backward", ubc, dubc, dx, dw)
     return dx, dw.sum(0).to(w.dtype), dbias.sum(0), dA.sum(0), dD.sum(0)
 
 
