@@ -140,9 +140,9 @@ class AttambaConfig:
 class LayerCache:
     """What one attention layer remembers. W = L + 1 slots of window (a token and its L
     predecessors), then one slot per chunk; a token that leaves the window keeps a slot
-    only if it ended a chunk. So what a query sees is always the first `length` slots.
+    only if it ended a chunk. So what a query sees is always the first few slots.
 
-    k, v        (b, n_kv_heads, W + max_chunks, head_dim)  ring of the window, then chunk entries
+    kv          (2, b, n_kv_heads, W + max_chunks, head_dim)  ring of the window, then chunk entries
     ends        (b, W) bool          which tokens of the ring end a chunk
     n_chunks    (b,) int64           chunk entries in use, row by row (rows may differ)
     h           (b, 2 ssm_heads, p, n) float32  states of the two SSMs; None for kv="linear"
@@ -150,46 +150,42 @@ class LayerCache:
     position    int                  tokens seen so far; at most max_len
     """
 
-    def __init__(self, config: "AttambaConfig", batch_size: int, max_len: int, max_chunks: int, dtype, device):
+    def __init__(self, config: "AttambaConfig", batch_size: int, max_len: int, max_chunks: int, roomy: bool, dtype, device):
         c, L = config, config.leading_tokens
-        self.max_len, self.max_chunks, self.position, self.used = max_len, max_chunks, 0, (0, 0)
+        self.max_len, self.max_chunks, self.roomy, self.position = max_len, max_chunks, roomy, 0
         self.window = W = max_len if L is None else min(L + 1, max_len)
-        self.k = torch.zeros(batch_size, c.n_kv_heads, W + max_chunks, c.head_dim, dtype=dtype, device=device)
-        self.v = torch.zeros_like(self.k)
+        self.kv = torch.zeros(2, batch_size, c.n_kv_heads, W + max_chunks, c.head_dim, dtype=dtype, device=device)
         self.ends = torch.zeros(batch_size, W, dtype=torch.bool, device=device)
         self.n_chunks = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.h = self.conv = None
         if "ssm" in c.kv:
-            state_dtype = torch.promote_types(dtype, torch.float32)
             self.h = torch.zeros(batch_size, 2 * c.ssm_heads, c.ssm_inner // c.ssm_heads, c.ssm_state,
-                                 dtype=state_dtype, device=device)
-            self.conv = torch.zeros(batch_size, c.conv_size - 1, 2, c.ssm_inner + 2 * c.ssm_state,
-                                    dtype=dtype, device=device)
+                                 dtype=torch.promote_types(dtype, torch.float32), device=device)
+            self.conv = torch.zeros(batch_size, c.conv_size - 1, 2, c.ssm_inner + 2 * c.ssm_state, dtype=dtype, device=device)
 
     @property
     def nbytes(self) -> int:
         """Bytes really allocated: keys, values, chunk bookkeeping and SSM states."""
-        tensors = (self.k, self.v, self.ends, self.n_chunks, self.h, self.conv)
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        return sum(t.numel() * t.element_size() for t in (self.kv, self.ends, self.n_chunks, self.h, self.conv) if t is not None)
+
+    def _slots(self, l: int) -> Tensor:
+        """Slots of the ring that l new tokens overwrite, the oldest first. (min(l, W),)"""
+        return (self.position + torch.arange(min(l, self.window), device=self.ends.device)) % self.window
 
     def _leaving(self, boundaries: Tensor) -> Tensor:
-        """Chunk ends among the tokens that leave the window with these new ones. (b, l) -> (b, m) bool"""
-        held, l = min(self.position, self.window), boundaries.shape[1]
-        m = max(0, held + l - self.window)
-        ring = self.ends[:, self._oldest(min(m, held))]
-        return torch.cat([ring, boundaries[:, :m - ring.shape[1]].expand(len(ring), -1)], 1)
+        """Which of the l tokens that leave the window for l new ones end a chunk? (b or 1, l) -> (b, l) bool"""
+        slots = self._slots(boundaries.shape[1])
+        rest = boundaries[:, :boundaries.shape[1] - len(slots)]                   # new ones, where l > W
+        return torch.cat([self.ends[:, slots], rest.expand(len(self.ends), -1)], 1)
 
-    def _oldest(self, count: int) -> Tensor:
-        """Slots of the ring's oldest tokens, in their order. (count,)"""
-        start = max(0, self.position - self.window)
-        return torch.arange(start, start + count, device=self.k.device) % self.window
-
-    def check(self, boundaries: Tensor) -> None:
+    def check(self, boundaries: Tensor, by_rule: bool) -> None:
         """Is there room for these (b, l) new tokens? Raises ValueError if not; changes nothing."""
+        if isinstance(self.position, Tensor):
+            return  # recording a CUDA graph: checked before
         l = boundaries.shape[1]
         if self.position + l > self.max_len:
             raise ValueError(f"the cache is full: it holds {self.position} tokens, {l} more were given, and max_len is {self.max_len}")
-        if self.used[1] + l > self.max_chunks and self.position + l > self.window:
+        if not (by_rule and self.roomy):
             need = int((self.n_chunks + self._leaving(boundaries).sum(1)).max())
             if need > self.max_chunks:
                 raise ValueError(f"the cache is full: it needs {need} chunk entries, and max_chunks is {self.max_chunks}")
@@ -197,46 +193,46 @@ class LayerCache:
     def context(self, k: Tensor, v: Tensor, boundaries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Entries, window and new tokens as one sequence; an entry is a token that ends a chunk.
         k, v (b, h, l, d), boundaries (b, l) -> the same for all e + w + l of them."""
-        order, e = self._oldest(min(self.position, self.window)), self.used[1]
-        slots = torch.cat([torch.arange(self.window, self.window + e, device=k.device), order])
-        valid = torch.arange(e, device=k.device) < self.n_chunks[:, None]         # (b, e)
+        e, device = int(self.n_chunks.max()), k.device
+        order = self._slots(self.window)[max(0, self.window - self.position):]
+        slots = torch.cat([torch.arange(self.window, self.window + e, device=device), order])
+        valid = torch.arange(e, device=device) < self.n_chunks[:, None]           # (b, e)
         ends = torch.cat([valid, self.ends[:, order], boundaries.expand(len(valid), -1)], 1)
-        return torch.cat([self.k[:, :, slots], k], 2), torch.cat([self.v[:, :, slots], v], 2), ends
+        return torch.cat([self.kv[0][:, :, slots], k], 2), torch.cat([self.kv[1][:, :, slots], v], 2), ends
 
     def append(self, k: Tensor, v: Tensor, boundaries: Tensor) -> None:
         """Take in l new tokens. k, v (b, n_kv_heads, l, head_dim), boundaries (b or 1, l) bool."""
-        k, v = k.detach(), v.detach()
-        W, l = self.window, k.shape[2]
-        leaving = self._leaving(boundaries)                                       # (b, m) bool
-        m = leaving.shape[1]
-        if leaving.any():
-            # A leaving chunk end moves to the next free entry, any other leaving token to
-            # the oldest slot of the ring, which is overwritten just below.
-            entry = W + self.n_chunks[:, None] + leaving.cumsum(1) - 1            # (b, m)
-            order = self._oldest(min(m, self.position, W))
-            slot = torch.where(leaving, entry, self.position % W if self.position > W else 0)
-            for cache, new in ((self.k, k), (self.v, v)):
-                old = torch.cat([cache[:, :, order], new[:, :, :m - len(order)].to(cache.dtype)], 2)
-                cache.scatter_(2, slot[:, None, :, None].expand_as(old), old)
+        new, W, l = torch.stack([k, v]).detach().to(self.kv.dtype), self.window, k.shape[2]
+        slots = self._slots(l)
+        if self.max_chunks:
+            # A leaving token that ends a chunk moves to the next free entry, any other to a slot
+            # that is overwritten just below.
+            leaving = self._leaving(boundaries)                                   # (b, l)
+            to = torch.where(leaving, self.n_chunks[:, None] + leaving.cumsum(1) + (W - 1), slots[:1])
+            old = self.kv[..., slots, :]                                          # (2, b, h, min(l, W), d)
+            if l > W:
+                old = torch.cat([old, new[..., :l - W, :]], 3)
+            self.kv.scatter_(3, to[None, :, None, :, None].expand_as(old), old)
             self.n_chunks += leaving.sum(1)
-            self.used = (int(self.n_chunks.min()), int(self.n_chunks.max()))
-        r = min(l, W)                                                             # newest tokens, into the ring
-        slot = torch.arange(self.position + l - r, self.position + l, device=k.device) % W
-        self.k[:, :, slot], self.v[:, :, slot] = k[:, :, l - r:].to(self.k.dtype), v[:, :, l - r:].to(self.v.dtype)
-        self.ends[:, slot] = boundaries[:, l - r:]
-        self.position += l
+        if l > W:
+            slots, new, boundaries = (slots + l) % W, new[..., l - W:, :], boundaries[:, l - W:]
+        self.kv.index_copy_(3, slots, new)
+        self.ends.index_copy_(1, slots, boundaries.expand(len(self.ends), -1))
+        self.position = self.position + l
 
     def attend(self, q: Tensor) -> Tensor:
         """Attention of the newest token over all that it sees. q (b, n_heads, 1, head_dim) -> same."""
-        fewest, most = self.used
-        seen = min(self.position, self.window)
-        k, v = self.k[:, :, :seen + most], self.v[:, :, :seen + most]
-        mask = None
-        if fewest != most:                                                        # rows of different chunk counts
-            mask = (torch.arange(seen + most, device=q.device) < seen + self.n_chunks[:, None])[:, None, None]
-        # Not cuDNN: made for long queries, and every step here has another length that it may have to plan for.
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-            return F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        b, h, _, d = q.shape
+        q = q.to(self.kv.dtype).view(b, self.kv.shape[2], -1, d)                  # (b, kv heads, h / kv heads, d)
+        if _kernels_fit(q):
+            position = torch.as_tensor(self.position, device=q.device)
+            return _attend_cached(q, self.kv, position.clamp(max=self.window) + self.n_chunks).view(b, h, 1, d)
+        counts = self.n_chunks.tolist() if self.max_chunks else [0]
+        seen, mask = min(self.position, self.window) + max(counts), None
+        if min(counts) != max(counts):
+            lengths = seen - max(counts) + self.n_chunks[:, None]
+            mask = (torch.arange(seen, device=q.device) < lengths)[:, None, None]  # (b, 1, 1, seen)
+        return F.scaled_dot_product_attention(q, self.kv[0][:, :, :seen], self.kv[1][:, :, :seen], attn_mask=mask).view(b, h, 1, d)
 
 
 class Cache:
@@ -248,6 +244,7 @@ class Cache:
 
     def __init__(self, layers: list[LayerCache], batch_size: int, config: "AttambaConfig"):
         self.layers, self.batch_size, self.config = layers, batch_size, config
+        self.graph = None                              # of one step, on a GPU
 
     nbytes = property(lambda self: sum(layer.nbytes for layer in self.layers))
     position = property(lambda self: self.layers[0].position)
@@ -281,23 +278,36 @@ class Attamba(nn.Module):
         IndexError for ids outside the vocabulary (not checked inside torch.compile).
         """
         self._check(tokens, boundaries, cache)
-        b, l = tokens.shape
+        if cache is None:
+            return self._run(tokens, self._boundaries(tokens, boundaries), None)
+        by_rule = boundaries is None
+        boundaries = self._boundaries(tokens, boundaries, cache)
+        for layer, ends in zip(cache.layers, boundaries):  # check every layer before any of them changes
+            layer.check(ends, by_rule)
+        if by_rule and tokens.shape[1] == 1 and _graph_fits(self, cache):
+            return _replay(self, tokens, cache)
+        if by_rule and cache.position == 0 and not callable(self.config.chunking):
+            boundaries = [None] * len(boundaries)  # from the start, the layers' fast ways
+        return self._run(tokens, boundaries, cache)
+
+    def _boundaries(self, tokens: Tensor, boundaries: Optional[Tensor], cache: Optional[Cache] = None) -> list[Optional[Tensor]]:
+        """Chunk ends (b or 1, l) for each layer; None where the layer itself knows them."""
+        layers, rule = range(len(self.blocks)), self.config.chunking
+        if boundaries is not None or (cache is None and not callable(rule)):
+            return [boundaries for _ in layers]
+        positions = torch.arange(tokens.shape[1], device=tokens.device) + (cache.position if cache else 0)
+        if callable(rule):
+            return [_call_rule(rule, tokens, positions, layer) for layer in layers]
+        ends = chunk_ends(self.config, positions, torch.arange(len(layers), device=tokens.device)[:, None])
+        return list(ends.expand(len(layers), -1)[:, None])                        # (layers, 1, l)
+
+    def _run(self, tokens, boundaries, cache):
         start = cache.position if cache else 0
-        if boundaries is None and callable(self.config.chunking):
-            positions = torch.arange(start, start + l, device=tokens.device)
-            marks = [_call_rule(self.config.chunking, tokens, positions, i) for i in range(len(self.blocks))]
-        else:
-            marks = [boundaries] * len(self.blocks)
-        if cache:  # check every layer before any of them changes
-            ends = [block.attention.boundaries(l, start, mark) for block, mark in zip(self.blocks, marks)]
-            for layer, end in zip(cache.layers, ends):
-                layer.check(end)
-            marks = ends if start else marks
-        rope = rope_angles(start, l, self.config.head_dim, self.config.rope_theta, tokens.device)
+        rope = rope_angles(start, tokens.shape[1], self.config.head_dim, self.config.rope_theta, tokens.device)
         x = self.embed(tokens)                                                    # (b, l, d)
         for i, block in enumerate(self.blocks):
             # Compiling a block is for training: with a cache, which Python steers, it runs as it is.
-            x = block.forward(x, marks[i], cache.layers[i], rope) if cache else block(x, marks[i], None, rope)
+            x = block.forward(x, boundaries[i], cache.layers[i], rope) if cache else block(x, boundaries[i], None, rope)
         return self.head(self.norm(x))                                            # (b, l, vocab_size)
 
     def _check(self, tokens, boundaries, cache):
@@ -410,7 +420,9 @@ class AttambaAttention(nn.Module):
         # Layer and phase are data, not constants of the code: all layers share one compiled graph.
         self.register_buffer("layer", torch.tensor(layer), persistent=False)
         self.first = None                              # position of the first chunk end, if chunks have a fixed step
-        if c.chunk_size is not None and c.chunking in ("uniform", "cyclic"):
+        if c.chunk_size is None:
+            self.first = torch.tensor(NEVER, device="cpu")
+        elif c.chunking in ("uniform", "cyclic"):
             self.first = torch.tensor(c.chunk_size - 1 - _phase(c, layer), device="cpu")
 
     def boundaries(self, length: int, start: int = 0, boundaries: Optional[Tensor] = None) -> Tensor:
@@ -420,7 +432,7 @@ class AttambaAttention(nn.Module):
             return boundaries
         if callable(self.config.chunking):
             raise ValueError("with a callable chunking the layer needs the mask: pass boundaries=rule(tokens, positions, layer)")
-        positions = torch.arange(start, start + length, device=self.layer.device)
+        positions = start + torch.arange(length, device=self.layer.device)
         return chunk_ends(self.config, positions, self.layer)[None]
 
     def new_cache(self, batch_size: int, max_len: int, max_chunks: Optional[int] = None) -> LayerCache:
@@ -429,9 +441,10 @@ class AttambaAttention(nn.Module):
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, but it is {value}")
         outside = 0 if self.config.leading_tokens is None else max(0, max_len - self.config.leading_tokens - 1)
-        if max_chunks is None:  # only a token that has left the window needs an entry
+        roomy = max_chunks is None
+        if roomy:  # only a token that has left the window needs an entry
             max_chunks = outside if callable(self.config.chunking) else int(self.boundaries(outside).sum())
-        return LayerCache(self.config, batch_size, max_len, max_chunks, self.wq.weight.dtype, self.wq.weight.device)
+        return LayerCache(self.config, batch_size, max_len, max_chunks, roomy, self.wq.weight.dtype, self.wq.weight.device)
 
     def forward(self, x: Tensor, boundaries: Optional[Tensor] = None, cache: Optional[LayerCache] = None,
                 rope: Optional[tuple[Tensor, Tensor]] = None) -> Tensor:
@@ -441,22 +454,20 @@ class AttambaAttention(nn.Module):
         c, l = self.config, x.shape[1]
         start = cache.position if cache else 0
         ends = self.boundaries(l, start, boundaries)                              # (1 or b, l)
-        if cache:
-            cache.check(ends)
+        if cache and rope is None:  # as a layer on its own; a model has checked all its layers
+            cache.check(ends, boundaries is None)
         first = self.first if boundaries is None else None
         q = self.wq(x).unflatten(-1, (c.n_heads, c.head_dim))                     # (b, l, heads, head_dim)
         k, v = (t.unflatten(-1, (c.n_kv_heads, c.head_dim)) for t in self.keys_values(x, ends, first, cache))
         rope = rope or rope_angles(start, l, c.head_dim, c.rope_theta, x.device)
-        q, k, v = rotate(q, *rope), rotate(k, *rope).to(q.dtype), v.to(q.dtype)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                          # (b, heads, l, head_dim)
-
-        if cache and l == 1:          # one step: everything visible lies in the cache
+        q, k, v = (t.to(q.dtype).transpose(1, 2) for t in (rotate(q, *rope), rotate(k, *rope), v))   # (b, heads, l, head_dim)
+        if cache and l == 1:  # one step: everything visible lies in the cache
             cache.append(k, v, ends)
             out = cache.attend(q).to(q.dtype)
-        elif cache and start:         # several tokens on top of a cache
+        elif cache and start:  # several tokens on top of a cache
             out = attend(q, *cache.context(k, v, ends), c.leading_tokens)
             cache.append(k, v, ends)
-        else:                         # from the start
+        else:
             out = attend(q, k, v, ends, c.leading_tokens, c.chunk_size, first)
             if cache:
                 cache.append(k, v, ends)
@@ -475,22 +486,25 @@ class AttambaAttention(nn.Module):
             base = mean, mean                                                     # the same for keys and values
         if "ssm" not in c.kv:
             return base
-        l, fresh = x.shape[1], cache is None or cache.position == 0
-        if first is None or not fresh:
+        l, P = x.shape[1], c.chunk_size
+        if cache and l == 1:
+            out = self.ssm.step(ssm_input[:, 0], ends, cache.h, cache.conv)
+        elif first is None or P is None or (cache and cache.position):
             out, state = self.ssm(ssm_input, ends, *((cache.h, cache.conv) if cache else ()))
-        elif torch.compiler.is_compiling() or _ssm_kernel_fits(x, c):
-            out, _ = self.ssm(ssm_input, ends, first=first)
-        else:  # chunks of one length: each is a sequence of its own, so they make a batch
-            P = c.chunk_size
-            front = P - 1 - int(first)                                            # zeros in front change nothing:
-            padded = F.pad(ssm_input, (0, 0) * (ssm_input.dim() - 2) + (front, -(front + l) % P))   # no bias in the SSM
-            out, _ = self.ssm(padded.unflatten(1, (-1, P)).flatten(0, 1))         # (b chunks, P, kv_dim) each
-            out = [y.unflatten(0, (len(x), -1)).flatten(1, 2)[:, front:front + l] for y in out]
-        if cache and first is not None and fresh:  # the state to keep: of the tokens after the last boundary
-            after = l - (l - 1 - int(first)) % c.chunk_size if l > first else 0
-            state = self.ssm(ssm_input[:, after:], ends[:, after:], cache.h, cache.conv)[1] if after < l else None
-        if cache and state:
-            cache.h.copy_(state[0].detach()), cache.conv.copy_(state[1].detach())
+            if cache:
+                cache.h.copy_(state[0]), cache.conv.copy_(state[1])
+        else:
+            if torch.compiler.is_compiling() or _ssm_kernel_fits(x, c):
+                out, _ = self.ssm(ssm_input, ends, first=first)
+            else:  # chunks of one length: each is a sequence of its own, so they make a batch
+                front = P - 1 - int(first)                                        # zeros in front change nothing:
+                padded = F.pad(ssm_input, (0, 0) * (ssm_input.dim() - 2) + (front, -(front + l) % P))   # no bias in the SSM
+                out, _ = self.ssm(padded.unflatten(1, (-1, P)).flatten(0, 1))     # (b chunks, P, kv_dim) each
+                out = [y.unflatten(0, (len(x), -1)).flatten(1, 2)[:, front:front + l] for y in out]
+            last = l - (l - 1 - int(first)) % P if cache and l > first else 0     # the first token after the last boundary
+            if cache and last < l:
+                _, state = self.ssm(ssm_input[:, last:], ends[:, last:], cache.h, cache.conv)
+                cache.h.copy_(state[0]), cache.conv.copy_(state[1])
         return [a + y for a, y in zip(base, out)]
 
 
@@ -539,13 +553,35 @@ class ChunkSSM(nn.Module):
             u, B, C = F.silu(ubc).split((c.ssm_inner, c.ssm_state, c.ssm_state), -1)
             dt = F.softplus(dt.to(at_least_32) + dt_bias)                         # (b, l, 2, heads)
             # Both SSMs in one scan: the axis s joins the heads of u and dt; each shares its B and C.
-            scan = ssm_scan_ref if a.shape[1] == 1 else ssm_scan
-            y, h = scan(u.unflatten(-1, (c.ssm_heads, -1)).flatten(2, 3), dt.flatten(2), A.flatten(), B, C, D.flatten(), boundaries, h)
+            y, h = ssm_scan(u.unflatten(-1, (c.ssm_heads, -1)).flatten(2, 3), dt.flatten(2), A.flatten(), B, C, D.flatten(), boundaries, h)
             y = y.flatten(2).unflatten(-1, (2, -1)) * F.silu(z)                   # (b, l, 2, inner)
             y = y.movedim(2, 0)                                                   # (2, b, l, inner)
         y = F.rms_norm(y, y.shape[-1:], eps=c.norm_eps).to(proj.dtype)            # W_out absorbs the norm's weight
         out = torch.bmm(y.flatten(1, 2), self.w_out.mT).unflatten(1, a.shape[:2]) # (2, b, l, dim_out)
         return out.unbind(), (h, conv)
+
+    def step(self, a: Tensor, boundary: Tensor, h: Tensor, conv: Tensor) -> tuple[Tensor, Tensor]:
+        """One token: the recurrence as it stands, in few operations. a (b, d) or (b, 2, d), boundary
+        (b or 1, 1) bool, state as in LayerCache, updated in place -> keys, values (b, 1, dim_out)."""
+        c, b = self.config, len(a)
+        if a.dim() == 2:
+            proj = F.linear(a, self.w_in.flatten(0, 1)).view(b, 2, -1)
+        else:
+            proj = torch.einsum("bsd,sed->bse", a, self.w_in)
+        z, dt, ubc = proj.split(self.sizes, -1)                                   # (b, 2, ...)
+        past = torch.cat([conv, ubc[:, None].to(conv.dtype)], 1)                  # (b, conv_size, 2, channels)
+        ubc = F.silu((past * self.w_conv.flip(0)).sum(1))
+        conv.copy_(past[:, 1:] * ~boundary[:, :, None, None])
+        u, B, C = ubc.to(h.dtype).split((c.ssm_inner, c.ssm_state, c.ssm_state), -1)
+        u = u.unflatten(-1, (c.ssm_heads, -1))                                    # (b, 2, heads, p)
+        dt = F.softplus(dt.to(h.dtype) + self.dt_bias)[..., None]                 # (b, 2, heads, 1)
+        decay = torch.exp(dt * -self.A_log.to(h.dtype).exp()[..., None])
+        state = h.view(*u.shape, -1) * decay[..., None] + (dt * u)[..., None] * B[:, :, None, None]   # (b, 2, heads, p, n)
+        y = (state @ C[:, :, None, :, None]).squeeze(-1) + self.D[..., None] * u
+        h.copy_((state * ~boundary[:, :, None, None, None]).view_as(h))
+        y = y.flatten(2) * F.silu(z)
+        y = F.rms_norm(y, y.shape[-1:], eps=c.norm_eps).to(a.dtype).transpose(0, 1)
+        return torch.bmm(y, self.w_out.mT)[:, :, None].unbind()                   # (2, b, 1, dim_out)
 
 
 def chunk_conv(x: Tensor, weight: Tensor, boundaries: Optional[Tensor] = None, tail: Optional[Tensor] = None):
@@ -710,6 +746,9 @@ def chunk_ends(config: AttambaConfig, positions: Tensor, layer: Union[int, Tenso
     return (positions + 1 + _phase(config, layer)) % P == 0
 
 
+NEVER = 2 ** 30                                        # the first boundary where there is none
+
+
 def _phase(config, layer):
     """How much earlier the chunks of a layer end: floor(layer P / n_layers) for "cyclic", else 0."""
     return layer * config.chunk_size // config.n_layers if config.chunking == "cyclic" else 0
@@ -773,13 +812,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, leading_tokens: 
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         L, boundaries, first = l - 1, torch.zeros_like(boundaries[:1]), None
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    step = 0 if first is None else chunk_size
+    step = 0 if first is None else chunk_size or 1
     q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))                 # (b, l, h, d)
     return _attend(q, k, v, boundaries, torch.zeros((), dtype=torch.long) if first is None else first, step, L)[0].transpose(1, 2)
 
 
-def _parts(lq, l, L, boundaries, first, step):
-    """Cut the attention picture into rectangles without waste.
+def _parts(lq, l, L, boundaries, first, step, window=True, chunks=True):
+    """Cut the attention picture, or its half, into rectangles without waste.
 
     Yields (take queries, take keys, mask, causal); the two functions pick views out of
     (rows, tokens, ...) tensors as (rows, problems, tokens, ...), each an ordinary attention:
@@ -799,20 +838,21 @@ def _parts(lq, l, L, boundaries, first, step):
         """(x, t, ...) -> (x, count, high - low, ...): tokens low ... high of each block of `width`"""
         return lambda x: x[:, start:start + count * width].unflatten(1, (count, width))[:, :, low:high]
 
-    near = torch.ones(L, L, dtype=torch.bool, device=dev).triu()                  # j of the L tokens before, j >= i
-    if n:
-        yield rows(0, n, W), rows(off, n, W), None, True
-    if r:
-        yield rows(n * W, 1, r), rows(off + n * W, 1, r), None, True
-    if n > 1 and L:
-        yield rows(W, n - 1, W, 0, L), rows(off, n - 1, W, 1), near, False
-    if n and r:
-        yield rows(n * W, 1, r), rows(off + n * W - L, 1, L), near[:r], False
-    if off and L:
-        m, w = min(lq, L), min(off, L)
-        yield rows(0, 1, m), rows(off - w, 1, w), near[:m, L - w:], False
+    if window:
+        near = torch.ones(L, L, dtype=torch.bool, device=dev).triu()                  # j of the L tokens before, j >= i
+        if n:
+            yield rows(0, n, W), rows(off, n, W), None, True
+        if r:
+            yield rows(n * W, 1, r), rows(off + n * W, 1, r), None, True
+        if n > 1 and L:
+            yield rows(W, n - 1, W, 0, L), rows(off, n - 1, W, 1), near, False
+        if n and r:
+            yield rows(n * W, 1, r), rows(off + n * W - L, 1, L), near[:r], False
+        if off and L:
+            m, w = min(lq, L), min(off, L)
+            yield rows(0, 1, m), rows(off - w, 1, w), near[:m, L - w:], False
 
-    if step:
+    if chunks and step:
         first = int(first)
         t0 = first + L + 1
         n, r = divmod(max(0, l - t0), step)
@@ -821,7 +861,7 @@ def _parts(lq, l, L, boundaries, first, step):
                    lambda x: x[:, None, first::step][:, :, :n], None, True)
         if r:
             yield rows(t0 + n * step, 1, r), lambda x: x[:, None, first::step][:, :, :n + 1], None, False
-    else:
+    elif chunks:
         old = boundaries.cumsum(1)[:, :max(0, l - W)]                             # (b, l - W)
         count = max(boundaries.sum(1).tolist())
         ids = torch.arange(l, device=dev).expand(boundaries.shape)
@@ -862,34 +902,64 @@ def _give_keys(x, keys, grad):
 
 @torch.library.custom_op(f"{__name__}::attend", mutates_args=())
 def _attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, first: Tensor, step: int, leading: int) -> tuple[Tensor, Tensor]:
-    if step and _kernels_fit(q):
-        return _attend_kernel(q, k, v, int(first), step, leading)
-    (b, lq, h, _), l = q.shape, k.shape[1]
-    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))                # (b h, tokens, d)
-    out = torch.zeros_like(q)
-    lse = torch.full(out.shape[:2], -math.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    for rows, keys, mask, causal in _parts(lq, l, leading, _per_head(boundaries, h), first, step):
-        o, s = _softmax(rows(q), _take_keys(k, keys), _take_keys(v, keys), mask, causal)
-        joined = torch.logaddexp(rows(lse), s)
-        rows(out).lerp_(o, torch.exp(s - joined)[..., None].to(o.dtype))
-        rows(lse).copy_(joined)
-    return out.unflatten(0, (b, h)).transpose(1, 2).contiguous(), lse.unflatten(0, (b, h))
+    (b, lq, h, _), l, kernel, fold = q.shape, k.shape[1], *_choose(q, k, step)
+    if kernel:
+        out, lse = _attend_kernel(q, k, v, NEVER if fold else int(first), step, leading)
+        if not fold:
+            return out, lse
+    else:
+        out, lse = torch.zeros_like(q), torch.full((b, h, lq), -math.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    result = out, lse
+    for q, k, v, out, lse, ends in _problems(kernel, (q, k, v, out), lse, boundaries):
+        for rows, keys, mask, causal in _parts(lq, l, leading, ends, first, step, window=not kernel):
+            o, s = _softmax(rows(q), _take_keys(k, keys), _take_keys(v, keys), mask, causal)
+            joined = torch.logaddexp(rows(lse), s)
+            rows(out).lerp_(o, torch.exp(s - joined)[..., None].to(o.dtype))
+            rows(lse).copy_(joined)
+        if not kernel:
+            result[0].copy_(out.unflatten(0, (b, h)).transpose(1, 2))
+    return result
 
 
 @torch.library.custom_op(f"{__name__}::attend_backward", mutates_args=())
 def _attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, boundaries: Tensor,
                      first: Tensor, step: int, leading: int) -> tuple[Tensor, Tensor, Tensor]:
-    if step and _kernels_fit(q):
-        return _attend_backward_kernel(grad.contiguous(), q, k, v, out, lse, int(first), step, leading)
-    (b, lq, h, _), l = q.shape, k.shape[1]
-    grad, q, k, v, out = (t.transpose(1, 2).flatten(0, 1) for t in (grad, q, k, v, out))
-    lse, dq, dk, dv = lse.flatten(0, 1), torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for rows, keys, mask, causal in _parts(lq, l, leading, _per_head(boundaries, h), first, step):
-        gq, gk, gv = _softmax_backward(rows(grad), rows(q), _take_keys(k, keys), _take_keys(v, keys),
-                                       rows(out), rows(lse), mask, causal)
-        rows(dq).add_(gq)
-        _give_keys(dk, keys, gk), _give_keys(dv, keys, gv)
-    return tuple(t.unflatten(0, (b, h)).transpose(1, 2).contiguous() for t in (dq, dk, dv))
+    (b, lq, h, _), l, kernel, fold = q.shape, k.shape[1], *_choose(q, k, step)
+    grad = grad.contiguous()
+    if kernel:
+        result = _attend_backward_kernel(grad, q, k, v, out, lse, NEVER if fold else int(first), step, leading)
+        if not fold:
+            return result
+    else:
+        result = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for grad, q, k, v, out, dq, dk, dv, lse, ends in _problems(kernel, (grad, q, k, v, out, *result), lse, boundaries):
+        for rows, keys, mask, causal in _parts(lq, l, leading, ends, first, step, window=not kernel):
+            gq, gk, gv = _softmax_backward(rows(grad), rows(q), _take_keys(k, keys), _take_keys(v, keys),
+                                           rows(out), rows(lse), mask, causal)
+            rows(dq).add_(gq)
+            _give_keys(dk, keys, gk), _give_keys(dv, keys, gv)
+        if not kernel:
+            for whole, part in zip(result, (dq, dk, dv)):
+                whole.copy_(part.unflatten(0, (b, h)).transpose(1, 2))
+    return result
+
+
+def _choose(q, k, step):
+    """The Triton kernels for windows and chunks? Or for windows only, and the chunks by the fold: on long
+    sequences cuDNN's causal attention is faster, by more than joining the two costs."""
+    kernel = bool(step) and q.shape == k.shape and _kernels_fit(q)
+    return kernel, (kernel and q.is_cuda and q.dtype != torch.float32 and q.shape[1] // step >= FOLD_FROM
+                    and torch.cuda.get_device_capability(q.device) >= (9, 0))
+
+
+def _problems(by_row, tensors, lse, boundaries):
+    """Tensors (b, l, h, d), lse (b, h, l) and boundaries as (rows, l, ...): all heads of all sequences at once,
+    copied, or one sequence at a time as views."""
+    if by_row:
+        for i in range(len(lse)):
+            yield *(t[i].transpose(0, 1) for t in tensors), lse[i], boundaries[:1]
+    else:
+        yield *(t.transpose(1, 2).contiguous().flatten(0, 1) for t in tensors), lse.flatten(0, 1), _per_head(boundaries, lse.shape[1])
 
 
 @_attend.register_fake
@@ -922,6 +992,9 @@ def _softmax(q, k, v, mask, causal):
     if q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=_bias(mask, q))
         return out, lse if mask is None else lse.masked_fill(~mask.any(-1), -math.inf)
+    if causal and q.dtype in (torch.bfloat16, torch.float16):
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True)
+        return out, lse.view(q.shape[:3])
     scores = _scores(q, k, mask, causal)
     lse = scores.logsumexp(-1)
     return torch.exp(scores - lse[..., None]).nan_to_num(0).to(v.dtype) @ v, lse
@@ -934,6 +1007,10 @@ def _softmax_backward(grad, q, k, v, out, lse, mask, causal):
     if q.device.type == "cpu":
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, causal, attn_mask=_bias(mask, q))
+    elif causal and q.dtype in (torch.bfloat16, torch.float16):
+        zero, (n, m) = torch.zeros((), dtype=torch.long, device=q.device), (q.shape[2], k.shape[2])
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            grad, q, k, v, out, lse[..., None], zero, zero, None, None, None, n, m, 0.0, True)
     else:
         p = torch.exp(_scores(q, k, mask, causal) - lse[..., None])               # (r, c, m, n)
         ds = p * ((grad @ v.mT).to(p.dtype) - (grad * out).sum(-1, keepdim=True)) / math.sqrt(q.shape[-1])
@@ -958,16 +1035,17 @@ def _bias(mask, q):
 # How does a key know its place? Rotary positions [3]: a chunk's key carries its boundary's.
 
 def rope_angles(start: int, length: int, head_dim: int, theta: float, device) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, 1, head_dim / 2) float32 for positions start ... start + length - 1 [3]."""
+    """cos and sin (length, 1, head_dim) float32 for positions start ... start + length - 1 [3]; the
+    first half of the sines is negated, as `rotate` wants it."""
     freq = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angle = torch.arange(start, start + length, device=device, dtype=torch.float32)[:, None] * freq
-    return angle.cos()[:, None], angle.sin()[:, None]
+    angle = (start + torch.arange(length, device=device)).float()[:, None, None] * freq
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn channel pairs (i, i + head_dim / 2) of x (b, l, heads, head_dim) by the angles [3]."""
-    x1, x2 = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).to(x.dtype)
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 # ---------------------------------------------------------------------------------------
@@ -987,6 +1065,7 @@ def _ssm_kernel_fits(x: Tensor, config: AttambaConfig) -> bool:
 # Queries and keys per tile, warps, pipeline stages: the fastest of those measured on an H200.
 TILES = {"forward": (64, 64, 4, 2), "dq": (64, 64, 4, 2), "dkv window": (64, 64, 4, 2), "dkv chunks": (64, 64, 4, 3),
          "conv": (64, 64, 4, 1), "conv backward": (16, 64, 2, 16), "ssm": (16, 1), "ssm backward": (16, 1)}
+FOLD_FROM = 4096                                       # chunks; measured on an H200
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs the kernels on a CPU, slowly: for tests
 
 
@@ -1044,7 +1123,7 @@ if triton is not None:
         for j in range(by_all, by_any, N):
             m, z, acc = _see(q, t, j + tl.arange(0, N), K + base, V + base, S, L, first, m, z, acc, scale, 1, P, H, D)
         tl.store(O + base + t[:, None] * (H * D) + tl.arange(0, D)[None, :], (acc / z[:, None]).to(O.dtype.element_ty), mask=(t < S)[:, None])
-        tl.store(LSE + row.to(tl.int64) * S + t, m + tl.log2(z), mask=t < S)
+        tl.store(LSE + row.to(tl.int64) * S + t, (m + tl.log2(z)) * 0.6931471805599453, mask=t < S)
 
     @triton.jit
     def _see_dq(q, g, lse, delta, t, j, K, V, S, L, first, dq, scale, KIND: tl.constexpr, P: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
@@ -1064,7 +1143,7 @@ if triton is not None:
         base = (row // H).to(tl.int64) * S * H * D + (row % H) * D
         t = start + tl.arange(0, M)
         q, g = _rows(Q + base, t, S, H, D, D), _rows(G + base, t, S, H, D, D)
-        lse = tl.load(LSE + row.to(tl.int64) * S + t, mask=t < S, other=0.0)
+        lse = tl.load(LSE + row.to(tl.int64) * S + t, mask=t < S, other=0.0) * 1.4426950408889634
         delta = tl.sum(_rows(O + base, t, S, H, D, D).to(tl.float32) * g, 1)
         tl.store(DELTA + row.to(tl.int64) * S + t, delta, mask=t < S)
         dq = tl.zeros((M, D), tl.float32)
@@ -1082,7 +1161,7 @@ if triton is not None:
     def _see_dkv(k, v, s, start, Q, G, LSE, DELTA, S, L, dk, dv, scale, KIND: tl.constexpr, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr):
         t = start + tl.arange(0, M)
         q, g = _rows(Q, t, S, H, D, D), _rows(G, t, S, H, D, D)
-        lse = tl.load(LSE + t, mask=t < S, other=float("inf"))
+        lse = tl.load(LSE + t, mask=t < S, other=float("inf")) * 1.4426950408889634
         delta = tl.load(DELTA + t, mask=t < S, other=0.0)
         p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="tf32x3") * scale - lse[None, :])     # (keys, queries): its transpose is
         if KIND < 2:                                                                             # what both products need
@@ -1115,6 +1194,27 @@ if triton is not None:
         at = s[:, None] * (H * D) + tl.arange(0, D)[None, :]
         tl.store(DK + base + at, dk.to(DK.dtype.element_ty), mask=(s < S)[:, None])
         tl.store(DV + base + at, dv.to(DV.dtype.element_ty), mask=(s < S)[:, None])
+
+    @triton.jit
+    def _attend_cached_kernel(Q, KV, LENGTHS, O, LSE, slots, scale, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+        """One new token: the G queries (padded to M) that share a key head, over a part of the first LENGTHS slots."""
+        row, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+        length = tl.load(LENGTHS + row // H).to(tl.int32)
+        each = tl.cdiv(tl.cdiv(length, parts), N) * N
+        g, cols = tl.arange(0, M), tl.arange(0, D)[None, :]
+        q = tl.load(Q + (row * G + g)[:, None] * D + cols, mask=(g < G)[:, None], other=0.0)
+        K, V = KV + row * slots * D, KV + (tl.num_programs(0) + row) * slots * D
+        m, z, acc = tl.full((M,), -1e30, tl.float32), tl.zeros((M,), tl.float32), tl.zeros((M, D), tl.float32)
+        for start in range(part * each, tl.minimum(part * each + each, length), N):
+            j = start + tl.arange(0, N)
+            k, v = _rows(K, j, length, 1, D, D), _rows(V, j, length, 1, D, D)
+            x = tl.where((j < length)[None, :], tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale, -float("inf"))
+            top = tl.maximum(m, tl.max(x, 1))
+            p, shrink = tl.exp2(x - top[:, None]), tl.exp2(m - top)
+            m, z, acc = top, z * shrink + tl.sum(p, 1), acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="tf32x3")
+        at = (row * G + g) * parts + part
+        tl.store(O + at[:, None] * D + cols, acc / tl.maximum(z, 1e-30)[:, None], mask=(g < G)[:, None])
+        tl.store(LSE + at, m + tl.log2(z), mask=g < G)
 
     @triton.jit
     def _conv_kernel(X, W, Y, DY, DX, DW, S, front, BACKWARD: tl.constexpr, P: tl.constexpr, K: tl.constexpr, width: tl.constexpr,
@@ -1218,6 +1318,49 @@ if triton is not None:
             C, slope_C = _silu(_rows(UBC + at_B + n, t, S, 2, width, n))
             _put(DUBC + at_B, t, S, 2, width, n, tl.dot(tl.trans(low), C.to(low.dtype), input_precision="tf32x3") * slope_B)
             _put(DUBC + at_B + n, t, S, 2, width, n, tl.dot(low, B.to(low.dtype), input_precision="tf32x3") * slope_C)
+
+
+def _attend_cached(q, kv, lengths):
+    """q (b, kv heads, g, d), kv (2, b, kv heads, slots, d), lengths (b,) -> (b, kv heads, g, d). With few
+    rows each is cut into parts, so that all of the GPU reads; the parts are joined as in ring attention [5]."""
+    b, h, g, d = q.shape
+    parts, M = max(1, min(256 // (b * h), kv.shape[3] // 256)), max(16, triton.next_power_of_2(g))
+    out, lse = (torch.empty(b, h, g, parts, n, dtype=torch.float32, device=q.device) for n in (d, 1))
+    _attend_cached_kernel[(b * h, parts)](q.contiguous(), kv, lengths, out, lse, kv.shape[3], math.log2(math.e) / math.sqrt(d), h, g, d, M, 64,
+                                          num_warps=4, num_stages=4)
+    return (out[..., 0, :] if parts == 1 else (out * (lse * math.log(2)).softmax(-2)).sum(-2)).to(q.dtype)
+
+
+# A step is many small kernels: launched one by one, they cost more than they compute. So the first step of
+# a cache runs as it is, the second is recorded as a CUDA graph, and that is replayed from then on.
+
+def _graph_fits(model: Attamba, cache: Cache) -> bool:
+    layer = cache.layers[0]
+    return (_kernels_fit(layer.kv) and layer.kv.is_cuda and layer.position > 0 and all(layer.roomy for layer in cache.layers)
+            and not callable(model.config.chunking) and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda"))
+
+
+def _replay(model: Attamba, tokens: Tensor, cache: Cache) -> Tensor:
+    """model(tokens, cache=cache) for tokens (b, 1)."""
+    position = cache.position
+    if cache.graph is None:  # the kernels compile and the libraries allocate what they need
+        cache.graph = "next"
+        return model._run(tokens, model._boundaries(tokens, None, cache), cache)
+    if cache.graph == "next":
+        graph, inputs, clock = torch.cuda.CUDAGraph(), tokens.clone(), torch.tensor(position, device=tokens.device)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            for layer in cache.layers:
+                layer.position = clock
+            logits = model._run(inputs, model._boundaries(inputs, None, cache), cache)
+        cache.graph = graph, inputs, clock, logits
+    graph, inputs, clock, logits = cache.graph
+    inputs.copy_(tokens)
+    clock.fill_(position)
+    graph.replay()
+    for layer in cache.layers:
+        layer.position = position + 1
+    return logits.clone()
 
 
 def _attend_kernel(q, k, v, first, step, L):

@@ -132,7 +132,6 @@ def pretend(cache, context):
     for layer in cache.layers:
         layer.position = context
         layer.n_chunks.fill_(layer.max_chunks)
-        layer.used = (layer.max_chunks, layer.max_chunks)
         layer.ends.zero_()
 
 
