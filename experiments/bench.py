@@ -127,12 +127,11 @@ def prefill(quick):
     yield f"prefill of {length}, batch 1", "tokens/s", {n: length / s for n, s in seconds.items()}, {}
 
 
-def pretend(cache, context):
+def pretend(model, cache, context):
     """As if the cache had seen `context` tokens; what they were does not matter for the time of a step."""
-    for layer in cache.layers:
+    for block, layer in zip(model.blocks, cache.layers):
         layer.position = context
-        layer.n_chunks.fill_(layer.max_chunks)
-        layer.ends.zero_()
+        layer.n_chunks.fill_(int(block.attention.boundaries(max(0, context - layer.window)).sum()))
 
 
 @torch.no_grad()
@@ -145,7 +144,7 @@ def decode(quick):
             before = torch.cuda.memory_allocated() if GPU else 0
             cache = model.new_cache(batch, context + 200)
             row[f"{name} cache bytes"] = torch.cuda.memory_allocated() - before if GPU else cache.nbytes
-            pretend(cache, context)
+            pretend(model, cache, context)
             steps[name] = lambda model=model, cache=cache: [model(token, cache=cache) for _ in range(5)]
         seconds = clock(steps, 7)
         yield f"decode, batch {batch}, context {context}", "tokens/s", {n: 5 * batch / s for n, s in seconds.items()}, row
