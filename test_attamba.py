@@ -6,6 +6,7 @@ by hand; save and load. Tests that need a GPU skip themselves.
     python test_attamba.py --seed 17       # one case of it, in full
 """
 import doctest
+import gzip
 import hashlib
 import json
 import os
@@ -498,7 +499,7 @@ def test_resume_continues_bit_by_bit(tmp_path):
             return original(tokens, options, step, *rest)
         patch.setattr(train_tiny, "batch", batch)
         train_tiny.train(config, options, corpus, quiet=True)
-    resumed, _ = train_tiny.train(config, options, corpus, resume=True, quiet=True)
+    resumed, _ = train_tiny.train(config, options, corpus, train_tiny.load(options.out), quiet=True)
     for a, b in zip(whole.parameters(), resumed.parameters()):
         assert torch.equal(a, b)
 
@@ -515,30 +516,47 @@ def test_the_command_line_from_start_to_sample(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "bits per byte" in result.stdout and "KV cache" in result.stdout and result.stdout.count("step ") <= 25
     stored = json.loads((tmp_path / "out/config.json").read_text())
-    assert stored["model"]["leading_tokens"] is None and stored["model"]["dim"] == 16
+    assert stored["config"]["leading_tokens"] is None and stored["config"]["dim"] == 16
 
 
-def test_bad_training_input(tmp_path, monkeypatch):
-    """One line and exit code 2, no traceback."""
-    (tmp_path / "binary").write_bytes(b"a\0b" * 1000)
-    (tmp_path / "latin").write_bytes(b"caf\xe9 " * 1000)
-    (tmp_path / "empty").write_text("")
-    (tmp_path / "short").write_text("too short")
-    (tmp_path / "broken.xz").write_bytes(b"not xz")
-    (tmp_path / "folder").mkdir()
+def refused(capsys, monkeypatch, *arguments):
+    """The one line with which the command line refuses: exit code 2, no traceback."""
+    monkeypatch.setattr(sys, "argv", ["train_tiny.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit:
+        train_tiny.main()
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1 and error.startswith("train_tiny.py: "), error
+    return error
+
+
+def test_bad_training_input(tmp_path, monkeypatch, capsys):
     text = options_for(tmp_path).data
-    cases = [(["--data", tmp_path / name], why) for name, why in (
-        ("missing", "no such file"), ("binary", "not text"), ("latin", "not UTF-8"), ("empty", "no text"), ("short", "too short"),
-        ("broken.xz", "cannot read"), ("folder", "no text"))]
-    cases += [(["--data", text, *more], why) for more, why in (
-        (["--tokenizer", "nonsense"], "unknown tokenizer"), (["--tokenizer", text], "not a tiktoken rank file"), (["--n_heads", "7"], "n_heads must be"),
-        (["--device", "cuda:99"], "no device"), (["--steps", "0"], "--steps must be"), (["--resume", "--out", "nowhere"], "nothing to resume"))]
+    raw = Path(text).read_bytes()
+    files = {"binary": b"a\0b" * 1000, "latin": b"caf\xe9 " * 1000, "empty": b"", "short": b"too short", "broken.xz": b"not xz",
+             "cut.gz": gzip.compress(raw)[:-50], "wrong.gz": gzip.compress(raw)[:40] + b"\0" * 99, "not.gz": raw}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder").mkdir()
+    cases = [(["--data", name], why) for name, why in (
+        ("missing", "no such file"), ("/dev/zero", "no such file"), ("/proc/self/mem", "cannot read /proc/self/mem"), ("folder", "too short"),
+        ("binary", "zero bytes"), ("latin", "can't decode byte 0xe9"), ("empty", "too short"), ("short", "too short"),
+        ("broken.xz", "cannot read"), ("cut.gz", "cannot read"), ("wrong.gz", "cannot read"), ("not.gz", "cannot read"))]
+    cases += [(["--data", text, *more.split()], why) for more, why in (
+        ("--valid_data short", "held-out text is too short"), ("--tokenizer nonsense", "unknown tokenizer"),
+        (f"--tokenizer {text}", "cannot use"), ("--tokenizer folder", "unknown tokenizer"),
+        ("--n_heads 7", "n_heads must be"), ("--chunking words", "chunking must be"), ("--tie_embeddings maybe", "tie_embeddings"),
+        ("--device cuda:99", "no device"), ("--device nonsense", "no device"), ("--device meta", "no device"),
+        ("--steps 0", "--steps must be"), ("--steps many", "--steps"), ("--lr nan", "--lr must be"), ("--lr -1", "--lr must be"),
+        ("--temperature -1", "--temperature must be"), ("--seed -1", "--seed must be"), ("--compile maybe", "--compile must be"),
+        ("--nonsense 1", "unrecognized arguments"), ("--resume --out nowhere", "nothing to resume"),
+        (f"--out {text}", "text.txt"), (f"--out {text}/out", "text.txt"), ("--out /proc/out", "/proc/out"))]
     monkeypatch.chdir(tmp_path)
     for arguments, why in cases:
-        monkeypatch.setattr(sys, "argv", ["train_tiny.py", *map(str, arguments)])
-        with pytest.raises(train_tiny.UserError, match=why) as error:
-            train_tiny.main()
-        assert "\n" not in str(error.value)
+        assert why in refused(capsys, monkeypatch, *arguments)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    options = options_for(tmp_path)
+    with pytest.raises(train_tiny.UserError, match="--batch_size 8 cannot be split over 3"):
+        train_tiny.train(small(vocab_size=256), options, train_tiny.load_corpus(options))
     result = run_train("--data", "missing", cwd=tmp_path)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "no such file" in result.stderr
 
@@ -565,7 +583,7 @@ def test_tiktoken(tmp_path, monkeypatch):
     def offline(path):
         raise OSError("no network")
     monkeypatch.setattr(load, "read_file", offline)
-    with pytest.raises(train_tiny.UserError, match="downloads on first use"):
+    with pytest.raises(train_tiny.UserError, match="no network.*downloads on first use"):
         train_tiny.TiktokenTokenizer("p50k_base")
 
     # With its file in the cache (made up here: as many tokens as the real one) the same name works.
