@@ -175,13 +175,17 @@ def randoms(*shapes):
     return [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
 
 
+def check(function, inputs):
+    assert torch.autograd.gradcheck(function, inputs, atol=1e-6, rtol=1e-5)
+
+
 def test_gradcheck_scan_and_convolution():
-    boundaries, check = torch.tensor([[0, 1, 0, 0, 0]]).bool(), torch.autograd.gradcheck
+    boundaries = torch.tensor([[0, 1, 0, 0, 0]]).bool()
     u, dt, A, B, C, D, h = randoms((1, 5, 2, 2), (1, 5, 2), (2,), (1, 5, 1, 2), (1, 5, 1, 2), (2,), (1, 2, 2, 2))
     for scan in (ssm_scan_ref, lambda *inputs: ssm_scan(*inputs, block=2), ssm_scan):
-        assert check(lambda u, dt, A, B, C, D, h: scan(u, dt.exp(), -A.exp(), B, C, D, boundaries, h), (u, dt, A, B, C, D, h))
+        check(lambda u, dt, A, B, C, D, h: scan(u, dt.exp(), -A.exp(), B, C, D, boundaries, h), (u, dt, A, B, C, D, h))
     x, weight, tail = randoms((1, 5, 2), (3, 2), (1, 2, 2))
-    assert check(lambda x, w, tail: chunk_conv(x, w, boundaries, tail), (x, weight, tail))
+    check(lambda x, w, tail: chunk_conv(x, w, boundaries, tail), (x, weight, tail))
 
 
 @pytest.mark.parametrize("first, rows", [(torch.tensor(1), 9), (None, 9), (None, 4)])
@@ -189,7 +193,7 @@ def test_gradcheck_attention(first, rows):
     """Folded, gathered, and for the last queries alone, as on top of a cache."""
     q, k, v = randoms((1, 2, rows, 2), (1, 1, 9, 2), (1, 1, 9, 2))
     boundaries = ((torch.arange(9) + 1) % 2 == 0)[None]
-    assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, boundaries, 1, 2, first), (q, k, v))
+    check(lambda q, k, v: attend(q, k, v, boundaries, 1, 2, first), (q, k, v))
 
 
 @pytest.mark.parametrize("kv, ragged", [("ssm", False), ("ssm", True), ("linear+ssm", False)])
@@ -199,7 +203,7 @@ def test_gradcheck_layer(kv, ragged):
     mask = torch.tensor([[0, 1, 0, 0, 1, 0]]).bool() if ragged else None
     names, weights = zip(*layer.named_parameters())
     weights = [w.detach().add(torch.randn_like(w) / 3).requires_grad_() for w in weights]
-    assert torch.autograd.gradcheck(lambda x, *w: torch.func.functional_call(layer, dict(zip(names, w)), (x, mask)), (x, *weights))
+    check(lambda x, *w: torch.func.functional_call(layer, dict(zip(names, w)), (x, mask)), (x, *weights))
 
 
 def test_scan_of_100000_tokens_against_a_formula():
@@ -433,6 +437,17 @@ def test_lower_precisions(dtype, tolerance):
             (m(tokens) * weights).sum().backward() if m is exact else (logits.float() * weights).sum().backward()
         for a, b in zip(model.parameters(), exact.parameters()):
             close(a.grad.double(), b.grad, tolerance)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_decays_are_float32_whatever_the_model_is(autocast, monkeypatch):
+    def spy(u, dt, A, B, C, D, *rest, scan=ssm_scan):
+        assert dt.dtype == A.dtype == D.dtype == torch.float32
+        return scan(u, dt, A, B, C, D, *rest)
+    monkeypatch.setattr(attamba, "ssm_scan", spy)
+    model = Attamba(small()).to(torch.float32 if autocast else torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        model(torch.randint(19, (2, 60)))
 
 
 @pytest.mark.xfail(strict=True, reason="the cache's entries are not cast to the type of the new keys")
