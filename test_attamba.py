@@ -33,6 +33,7 @@ from attamba import (Attamba, AttambaAttention, AttambaConfig, attend, attend_re
                      ssm_scan, ssm_scan_ref)
 
 HERE = Path(__file__).parent
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.filterwarnings("ignore:The .grad attribute")]  # torch.compile's own
 
 
 @pytest.fixture(autouse=True)
@@ -237,7 +238,8 @@ def test_float32_error_of_a_chunk_of_20000_tokens(low, high, bound):
         assert ((a - b).abs().max() / b.abs().max()).item() < bound
 
 
-@pytest.mark.parametrize("dtype, length, tolerance", [(torch.float32, 100_000, 1e-6), (torch.bfloat16, 20_000, 1e-2)])  # measured 1.1e-7, 2.5e-3
+@pytest.mark.parametrize("dtype, length, tolerance", [
+    (torch.float32, 100_000, 1e-6), (torch.bfloat16, 20_000, 1e-2)])              # measured 1.1e-7, 2.5e-3
 @pytest.mark.parametrize("bias, A_log", [(50.0, 5.0), (-40.0, 0.0)])
 def test_a_model_that_forgets_at_once_or_never(bias, A_log, dtype, length, tolerance):
     model, tokens = Attamba(small(n_layers=1, chunk_size=None)), torch.randint(19, (1, length))
@@ -275,7 +277,8 @@ def modulo_rule(tokens, positions, layer):
     return tokens % 5 == layer % 5
 
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of outputs and gradients, but:
+BF16_GRADIENTS = 4e-2  # sums over all tokens: largest of some 1,200 cases 3.12e-2 (the slow references: 99 % below 1.7e-2, as here)
 
 
 def check_case(seed):
@@ -321,8 +324,9 @@ def check_case(seed):
         if torch.cuda.is_available():
             others.append(run(copy.deepcopy(model).cuda(), "cuda"))
         for way in others:
-            for a, b in zip(way, slow):
-                close(a, b, max(tolerance, 1e-7) if way is not fast and torch.cuda.is_available() else tolerance)
+            close(way[0], slow[0], tolerance if way is fast else max(tolerance, 1e-7))  # a GPU's sine has another last bit
+            for a, b in zip(way[1:], slow[1:]):
+                close(a, b, BF16_GRADIENTS if dtype == torch.bfloat16 else max(tolerance, 1e-7 * (way is not fast)))
         with torch.no_grad():
             n = r.randint(1, length)
             close(model(tokens[:, :n], None if mask is None else mask[:, :n]).double(), slow[0][:, :n], tolerance)
@@ -423,7 +427,8 @@ def test_lower_precisions(dtype, tolerance):
     """Logits, gradients and cached calls against float64; states stay in float32."""
     for config in (small(), small(chunking=modulo_rule), small(chunk_size=None)):
         autocast = dtype == "autocast"
-        model, tokens, weights = Attamba(config).to(torch.float32 if autocast else dtype), torch.randint(19, (2, 60)), torch.randn(2, 60, 19)
+        tokens, weights = torch.randint(19, (2, 60)), torch.randn(2, 60, 19)
+        model = Attamba(config).to(torch.float32 if autocast else dtype)
         exact = copy.deepcopy(model).double()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             logits = model(tokens)
@@ -433,8 +438,8 @@ def test_lower_precisions(dtype, tolerance):
         for output in (logits, torch.cat(parts, 1)):
             close(output.double(), exact(tokens), tolerance)
         assert all(layer.h.dtype == torch.float32 for layer in cache.layers)
-        for m in (model, exact):
-            (m(tokens) * weights).sum().backward() if m is exact else (logits.float() * weights).sum().backward()
+        for outputs in (logits, exact(tokens)):
+            (outputs.to(torch.float64) * weights).sum().backward()
         for a, b in zip(model.parameters(), exact.parameters()):
             close(a.grad.double(), b.grad, tolerance)
 
@@ -671,7 +676,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(tmp_path, monkeypatch, fails):
         os.symlink("/dev/full", tmp_path / "checkpoint.pt.tmp")
     else:
         monkeypatch.setattr(os, fails, full)
-    with pytest.raises(train_tiny.UserError, match="cannot save .*checkpoint.pt: No space left on device; what was saved there before is kept"):
+    with pytest.raises(train_tiny.UserError, match="checkpoint.pt: No space left on device; what was saved there before is kept"):
         train_tiny.save(path, b"new" * 100_000)
     assert path.read_bytes() == b"old" and {*tmp_path.iterdir()} == {path, text}
 
@@ -697,11 +702,10 @@ def test_damaged_and_foreign_checkpoints(tmp_path, trained):
         data = io.BytesIO()
         torch.save(thing, data)
         return data.getvalue()
-    bad = [b"", b"text", raw[:-1], raw[1:], raw[:len(raw) // 2], saved([1]), saved({"model": {}}), saved(Evil()), pickle.dumps(Evil()),
-           saved({**good, "step": Evil()}), saved({**good, "step": None}), saved({**good, "model": [1]}), saved({**good, "optimizer": 1}),
-           saved({**good, "config": {**good["config"], "n_heads": 7}}), saved({**good, "config": {"unknown": 1}}),
-           saved({**good, "train": {**good["train"], "steps": "many"}}), saved({k: v for k, v in good.items() if k != "corpus"})]
-    for content in bad:
+    changes = [dict(step=Evil()), dict(step=None), dict(model=[1]), dict(optimizer=1), dict(config={"unknown": 1}),
+               dict(config={**good["config"], "n_heads": 7}), dict(train={**good["train"], "steps": "many"})]
+    bad = [b"", b"text", raw[:-1], raw[1:], raw[:len(raw) // 2], saved([1]), saved({"model": {}}), saved(Evil()), pickle.dumps(Evil())]
+    for content in [*bad, *(saved({**good, **change}) for change in changes)]:
         path.write_bytes(content)
         with pytest.raises(train_tiny.UserError, match="is damaged, or not a checkpoint"):
             train_tiny.load(tmp_path)
@@ -727,10 +731,11 @@ def test_a_checkpoint_of_another_model(tmp_path, trained, monkeypatch, capsys):
     model, good = Attamba(small(vocab_size=256)), train_tiny.load(trained)
     optimizer = train_tiny.make_optimizer(model, train_tiny.TrainConfig())
     weights, first = good["model"], good["optimizer"][0]
-    for change, why in [(dict(model={**weights, "norm.weight": weights["norm.weight"][:3]}), "the same config; 1 tensors differ: norm.weight"),
-                        (dict(model={**weights, "norm.weight": 1}), "differ: norm.weight"), (dict(model={**weights, "new": weights["norm.weight"]}), "new"),
-                        (dict(optimizer={**good["optimizer"], 0: {**first, "exp_avg": first["exp_avg"][:3]}}), "optimizer state does not fit"),
-                        (dict(optimizer={}), "optimizer state does not fit"), (dict(optimizer={0: 1}), "optimizer state does not fit")]:
+    for change, why in [(dict(model={**weights, "norm.weight": torch.ones(3)}), "the same config; 1 tensors differ: norm.weight"),
+                        (dict(model={**weights, "norm.weight": 1}), "differ: norm.weight"),
+                        (dict(model={**weights, "new": torch.ones(3)}), "differ: new"),
+                        (dict(optimizer={**good["optimizer"], 0: {**first, "exp_avg": torch.ones(3)}}), "optimizer state does not"),
+                        (dict(optimizer={}), "optimizer state does not"), (dict(optimizer={0: 1}), "optimizer state does not")]:
         with pytest.raises(train_tiny.UserError, match=why):
             train_tiny.restore(model, optimizer, {**good, **change})
 
@@ -754,8 +759,8 @@ def test_a_fresh_run_keeps_the_checkpoint_of_another(tmp_path):
     corpus = train_tiny.load_corpus(options)
     for seed in (0, 1):
         train_tiny.train(small(vocab_size=256), train_tiny.TrainConfig(**{**vars(options), "seed": seed}), corpus, quiet=True)
-    new, old = (torch.load(tmp_path / "out" / name, weights_only=True)["train"]["seed"] for name in ("checkpoint.pt", "checkpoint.old.pt"))
-    assert (new, old) == (1, 0)
+    for name, seed in (("checkpoint.pt", 1), ("checkpoint.old.pt", 0)):
+        assert torch.load(tmp_path / "out" / name, weights_only=True)["train"]["seed"] == seed
 
 
 @pytest.mark.parametrize("what, numbers", [("kills", (1, 20)), ("processes", (2,))])
@@ -767,7 +772,7 @@ def test_kills_and_processes(tmp_path, what, numbers):
 
 
 def run_train(*arguments, cwd, **environment):
-    return subprocess.run([sys.executable, str(HERE / "train_tiny.py"), *map(str, arguments)], cwd=cwd, capture_output=True,
+    return subprocess.run([sys.executable, "-W", "error", str(HERE / "train_tiny.py"), *map(str, arguments)], cwd=cwd, capture_output=True,
                           text=True, env={**os.environ, **environment})
 
 
@@ -800,13 +805,13 @@ def test_bad_training_input(tmp_path, monkeypatch, capsys):
         (tmp_path / name).write_bytes(content)
     (tmp_path / "folder").mkdir()
     cases = [(["--data", name], why) for name, why in (
-        ("missing", "no such file"), ("/dev/zero", "no such file"), ("/proc/self/mem", "cannot read /proc/self/mem"), ("folder", "too short"),
+        ("missing", "no such file"), ("/dev/zero", "no such file"), ("/proc/self/mem", "cannot read"), ("folder", "too short"),
         ("binary", "zero bytes"), ("latin", "can't decode byte 0xe9"), ("empty", "too short"), ("short", "too short"),
         ("broken.xz", "cannot read"), ("cut.gz", "cannot read"), ("wrong.gz", "cannot read"), ("not.gz", "cannot read"))]
     cases += [(["--data", text, *more.split()], why) for more, why in (
         ("--valid_data short", "held-out text is too short"), ("--tokenizer nonsense", "unknown tokenizer"),
         (f"--tokenizer {text}", "cannot use"), ("--tokenizer folder", "unknown tokenizer"),
-        ("--n_heads 7", "n_heads must be"), ("--chunking words", "chunking must be"), ("--tie_embeddings maybe", "tie_embeddings"),
+        ("--n_heads 7", "n_heads must be"), ("--chunking words", "chunking must be"), ("--tie_embeddings maybe", "bool"),
         ("--device cuda:99", "no device"), ("--device nonsense", "no device"), ("--device meta", "no device"),
         ("--steps 0", "--steps must be"), ("--steps many", "--steps"), ("--lr nan", "--lr must be"), ("--lr -1", "--lr must be"),
         ("--temperature -1", "--temperature must be"), ("--seed -1", "--seed must be"), ("--compile maybe", "--compile must be"),
