@@ -39,9 +39,6 @@ import torch.nn.functional as F
 from attamba import Attamba, AttambaConfig
 
 
-COUNTS = ("steps", "batch_size", "seq_len", "eval_tokens", "save_every")           # at least 1; other numbers at least 0
-
-
 @dataclass
 class TrainConfig:
     data: str = ""                   # text file, folder of text, .gz or .xz; default: the standard library's source
@@ -67,10 +64,10 @@ class TrainConfig:
     def __post_init__(self):
         if self.compile not in ("auto", "yes", "no"):
             raise ValueError(f'--compile must be "auto", "yes" or "no", but it is {self.compile!r}')
-        for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 1 if field.name in COUNTS else 0
-            if not isinstance(field.default, str) and not least <= value < math.inf:
-                raise ValueError(f"--{field.name} must be at least {least}, but it is {value}")
+        counts = ("steps", "batch_size", "seq_len", "eval_tokens", "save_every")
+        for name, value in vars(self).items():
+            if not isinstance(getattr(TrainConfig, name), str) and not (name in counts) <= value < math.inf:
+                raise ValueError(f"--{name} must be at least {name in counts:d}, but it is {value}")
 
 
 # What a device gets when nothing is said on the command line.
@@ -232,15 +229,15 @@ def load(out: str) -> dict:
 
 def restore(model, optimizer, saved) -> None:
     """Weights and optimiser state from load(). If they do not fit, says which fields and tensors differ."""
-    want, have, there = model.state_dict(), saved["model"], saved["config"]
-    shapes = [{name: getattr(t, "shape", None) for name, t in tensors.items()} for tensors in (want, have)]
-    wrong = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
+    there = saved["config"]
+    want, have = ({(name, getattr(t, "shape", None)) for name, t in m.items()} for m in (model.state_dict(), saved["model"]))
+    wrong = sorted({name for name, _ in want ^ have})
     if wrong:
         fields = [f"{name} is {value!r} and was {there.get(name)!r}"
                   for name, value in dataclasses.asdict(model.config).items() if value != there.get(name)]
         raise UserError(f"the checkpoint is of another model: {'; '.join(fields) or 'the same config'}; "
                         f"{len(wrong)} tensors differ: {', '.join(wrong[:3])}" + ", ..." * (len(wrong) > 3))
-    model.load_state_dict(have)
+    model.load_state_dict(saved["model"])
     try:
         optimizer.load_state_dict(dict(state=saved["optimizer"], param_groups=optimizer.state_dict()["param_groups"]))
         assert all(optimizer.state[p][k].shape == p.shape for p in model.parameters() for k in ("exp_avg", "exp_avg_sq"))
@@ -275,6 +272,11 @@ def make_optimizer(model, options):
     return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), fused=True)
 
 
+def autocast(device):
+    """bfloat16 matrix products on a GPU; float32 on a CPU."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
 @torch.no_grad()
 def evaluate(model, tokens, byte_lengths, options, device):
     """Held-out loss in nats per token, and in bits per byte of text."""
@@ -287,11 +289,6 @@ def evaluate(model, tokens, byte_lengths, options, device):
         nats += F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten().to(device), reduction="sum").item()
         nbytes += int(byte_lengths[rows[:, 1:].numpy()].sum())
     return nats / (n * options.seq_len), nats / math.log(2) / nbytes
-
-
-def autocast(device):
-    """bfloat16 matrix products on a GPU; float32 on a CPU."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
 def train(config: AttambaConfig, options: TrainConfig, corpus: Corpus, resume: dict | None = None, quiet: bool = False):
@@ -336,7 +333,7 @@ def train(config: AttambaConfig, options: TrainConfig, corpus: Corpus, resume: d
 
     interrupts, saved, losses = [], first, []
     def on_signal(*_):
-        if interrupts and world == 1:  # torchrun repeats a signal
+        if interrupts and world == 1:  # twice: at once (but torchrun repeats a signal)
             raise KeyboardInterrupt
         interrupts.append(True)
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}

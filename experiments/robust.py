@@ -100,7 +100,7 @@ def kills(folder, n=50, steps=300):
 
 
 def processes(folder, runs=4):
-    """The same losses in two processes as in one, checkpoints saved once; Ctrl-C in one stops both after that step; a death ends the run."""
+    """The same losses in two processes as in one, checkpoints saved once; Ctrl-C in one stops both there; a death ends the run."""
     curves, result = [], dict(runs=runs)
     for name, how in [("one", {}), ("two", dict(processes=2)), ("interrupted", dict(processes=2, HIT="SIGINT")),
                       ("died", dict(processes=2, HIT="SIGKILL"))][:runs]:
