@@ -198,7 +198,8 @@ class LayerCache:
         slots = torch.cat([torch.arange(self.window, self.window + e, device=device), order])
         valid = torch.arange(e, device=device) < self.n_chunks[:, None]           # (b, e)
         ends = torch.cat([valid, self.ends[:, order], boundaries.expand(len(valid), -1)], 1)
-        return torch.cat([self.kv[0][:, :, slots], k], 2), torch.cat([self.kv[1][:, :, slots], v], 2), ends
+        k, v = (torch.cat([old[:, :, slots].to(new.dtype), new], 2) for old, new in zip(self.kv, (k, v)))
+        return k, v, ends
 
     def append(self, k: Tensor, v: Tensor, boundaries: Tensor) -> None:
         """Take in l new tokens. k, v (b, n_kv_heads, l, head_dim), boundaries (b or 1, l) bool."""
@@ -638,6 +639,9 @@ def ssm_scan_ref(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tens
     return torch.stack(ys, 1), h
 
 
+FORGOTTEN = -60.0  # exp(-60) is nothing; a larger sum of log-decays would cost weak decays beside it their precision
+
+
 def ssm_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
              boundaries: Optional[Tensor] = None, h: Optional[Tensor] = None, block: int = 16) -> tuple[Tensor, Tensor]:
     """The same as ssm_scan_ref, in parallel by blocks of tokens (their length changes the speed only).
@@ -665,7 +669,7 @@ def ssm_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
     with torch.autocast(u.device.type, enabled=False):
         u, dt, B, C = (t.to(dtype) for t in (u, dt, B, C))
         x = blocks(u * dt[..., None]).transpose(2, 3)                             # (b, c, H, q, p)
-        log_a = blocks(dt * A).transpose(2, 3)                                    # (b, c, H, q), <= 0
+        log_a = blocks((dt * A).clamp(min=FORGOTTEN)).transpose(2, 3)             # (b, c, H, q), <= 0
         B, C = blocks(B).transpose(2, 3), blocks(C).transpose(2, 3)               # (b, c, g, q, n)
         ends = blocks(boundaries)                                                 # (b, c, q)
         chunk = ends.cumsum(-1) - ends.long()                                     # chunk number within the block
@@ -708,7 +712,7 @@ def _carry(log_a: Tensor, reset: Tensor, s: Tensor, h: Optional[Tensor], block: 
         keep = torch.exp(log_a[:, 0]) * ~reset[:, :1]                             # (b, H)
         return h[:, None], keep[..., None] * h + s[:, 0]
     pad = -c % (block := min(block, c))
-    log_a = F.pad(log_a, (0, 0, 0, pad)).unflatten(1, (-1, block)).transpose(2, 3)          # (b, C, H, q)
+    log_a = F.pad(log_a.clamp(min=FORGOTTEN), (0, 0, 0, pad)).unflatten(1, (-1, block)).transpose(2, 3)          # (b, C, H, q)
     reset = F.pad(reset, (0, pad)).unflatten(1, (-1, block)).cumsum(-1)                     # (b, C, q) ids
     s = F.pad(s, (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, block)).transpose(2, 3)            # (b, C, H, q, f)
     cum = log_a.cumsum(-1)
@@ -1288,7 +1292,7 @@ if triton is not None:
             at_z, at_dt = x_row + h * p, x_row + H * p + h + t * (2 * size)
             v = tl.load(X + at_dt, mask=inside, other=0.0).to(tl.float32) + tl.load(BIAS + s * H + h)
             dt = tl.where(inside, tl.where(v > 20.0, v, tl.log(1 + _exp(v))), 0.0)   # softplus
-            cum = tl.cumsum(dt * a, 0)
+            cum = tl.cumsum(tl.maximum(dt * a, -60.0), 0)                         # as FORGOTTEN
             decay = tl.where(same, _exp(tl.minimum(cum[:, None] - cum[None, :], 0.0)), 0.0)
             u, slope_u = _silu(_rows(UBC + c_row + h * p, t, S, 2, width, p))
             gate, slope_z = _silu(_rows(X + at_z, t, S, 2, size, p))
