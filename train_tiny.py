@@ -76,6 +76,8 @@ PRESETS = {
     "cuda": dict(dim=512, n_layers=8, n_heads=8, seq_len=1024, batch_size=64, steps=900, lr=2e-3, warmup=100),
 }
 
+COMPILE = {"comprehensive_padding": False}  # padded rows would be copied again before the SSM kernel
+
 
 class UserError(Exception):
     """Something the user can mend."""
@@ -308,7 +310,7 @@ def train(config: AttambaConfig, options: TrainConfig, corpus: Corpus, resume: d
         restore(model, optimizer, resume)
     if options.compile == "yes" or (options.compile == "auto" and device.type == "cuda"):
         for block in model.blocks:  # one block at a time: all share one compiled graph
-            block.compile(fullgraph=True)
+            block.compile(fullgraph=True, options=COMPILE)
     net = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
     facts = dict(config=dataclasses.asdict(config), train=dataclasses.asdict(options), corpus=corpus.fingerprint)
