@@ -568,6 +568,8 @@ class ChunkSSM(nn.Module):
             proj = F.linear(a, self.w_in.flatten(0, 1)).view(b, 2, -1)
         else:
             proj = torch.einsum("bsd,sed->bse", a, self.w_in)
+        if _ssm_kernel_fits(proj, c):
+            return torch.bmm(_ssm_step(proj, self, boundary, h, conv), self.w_out.mT)[:, :, None].unbind()
         z, dt, ubc = proj.split(self.sizes, -1)                                   # (b, 2, ...)
         past = torch.cat([conv, ubc[:, None].to(conv.dtype)], 1)                  # (b, conv_size, 2, channels)
         ubc = F.silu((past * self.w_conv.flip(0)).sum(1))
@@ -1061,13 +1063,14 @@ def _kernels_fit(q: Tensor) -> bool:
 
 
 def _ssm_kernel_fits(x: Tensor, config: AttambaConfig) -> bool:
+    p, n, h = config.ssm_inner // config.ssm_heads, config.ssm_state, config.ssm_heads
     return (triton is not None and (x.is_cuda or INTERPRET) and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-            and config.chunk_size <= 64 and config.ssm_inner // config.ssm_heads in (16, 32, 64, 128) and config.ssm_state in (16, 32, 64, 128))
+            and (config.chunk_size or 1) <= 64 and p in (16, 32, 64, 128) and n in (16, 32, 64, 128) and h & (h - 1) == 0)
 
 
 # Queries and keys per tile, warps, pipeline stages: the fastest of those measured on an H200.
 TILES = {"forward": (64, 64, 4, 2), "dq": (64, 64, 4, 2), "dkv window": (64, 64, 4, 2), "dkv chunks": (64, 64, 4, 3),
-         "conv": (64, 64, 4, 1), "conv backward": (16, 64, 2, 16), "ssm": (16, 1), "ssm backward": (16, 1)}
+         "conv": (4, 64, 1, 1), "conv backward": (4, 64, 1, 8), "ssm": (16, 1)}
 FOLD_FROM = 4096                                       # chunks; measured on an H200
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs the kernels on a CPU, slowly: for tests
 
@@ -1221,33 +1224,44 @@ if triton is not None:
 
     @triton.jit
     def _conv_kernel(X, W, Y, DY, DX, DW, S, front, BACKWARD: tl.constexpr, P: tl.constexpr, K: tl.constexpr, width: tl.constexpr,
-                     size: tl.constexpr, T: tl.constexpr, N: tl.constexpr, STEPS: tl.constexpr):
-        """chunk_conv of T tokens and N channels; X (b, S, 2, z | dt | u B C) -> Y (b, S, 2, u B C), W (K, 2, width).
-        Backward: the gradient of X to DX, and these tokens' part of that of W to DW."""
-        b, s, j = tl.program_id(1).to(tl.int64), tl.program_id(2) % 2, tl.program_id(2) // 2 * N + tl.arange(0, N)[None, :]
-        x_at, y_at, W = (b * S * 2 + s) * size + (size - width) + j, (b * S * 2 + s) * width + j, W + s * width + j
-        dws = ()
+                     size: tl.constexpr, N: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr):
+        """chunk_conv of C channels, walking through the P tokens of N chunks; X (b, S, 2, z | dt | u B C) -> Y (b, S, 2, u B C),
+        W (K, 2, width). Backward: the gradient of X to DX, and these tokens' part of that of W to DW."""
+        b, s, j = tl.program_id(1).to(tl.int64), tl.program_id(2) % 2, tl.program_id(2) // 2 * C + tl.arange(0, C)[None, :]
+        x_at, y_at = (b * S * 2 + s) * size + (size - width) + j, (b * S * 2 + s) * width + j
+        ws, dws = (), ()
         for k in tl.static_range(K):
-            dws += (tl.zeros((T, N), tl.float32),)
-        for step in range(STEPS if BACKWARD else 1):
-            t = (tl.program_id(0) * (STEPS if BACKWARD else 1) + step) * T + tl.arange(0, T)[:, None]
-            i, inside = (t + front) % P, (t < S) & (j < width)                    # i: number of the token in its chunk
-            out, new = tl.zeros((T, N), tl.float32), ()
-            if BACKWARD:
-                dy = tl.load(DY + y_at + t * (2 * width), mask=inside, other=0.0).to(tl.float32)
-            for k in tl.static_range(K):
-                w = tl.load(W + k * (2 * width), mask=j < width, other=0.0).to(tl.float32)
-                x = tl.load(X + x_at + (t - k) * (2 * size), mask=inside & (i >= k) & (t >= k), other=0.0).to(tl.float32)
+            ws += (tl.load(W + k * (2 * width) + s * width + j, mask=j < width, other=0.0).to(tl.float32),)     # (1, C)
+            dws += (tl.zeros((N, C), tl.float32),)
+        for step in range(STEPS):
+            start = ((tl.program_id(0) * STEPS + step) * N + tl.arange(0, N)[:, None]) * P - front               # (N, 1)
+            xs, dys, sums = (), (), ()
+            for i in tl.static_range(P):
+                inside = (start + i >= 0) & (start + i < S) & (j < width)
+                xs += (tl.load(X + x_at + (start + i) * (2 * size), mask=inside, other=0.0).to(tl.float32),)
                 if BACKWARD:
-                    out += w * tl.load(DY + y_at + (t + k) * (2 * width), mask=inside & (i + k < P) & (t + k < S), other=0.0)
-                    new += (dws[k] + dy * x,)
+                    dys += (tl.load(DY + y_at + (start + i) * (2 * width), mask=inside, other=0.0).to(tl.float32),)
                 else:
-                    out += w * x
+                    y = ws[0] * xs[i]
+                    for k in tl.static_range(1, K):
+                        if k <= i:
+                            y += ws[k] * xs[i - k]
+                    tl.store(Y + y_at + (start + i) * (2 * width), y.to(Y.dtype.element_ty), mask=inside)
             if BACKWARD:
-                dws = new
-                tl.store(DX + x_at + t * (2 * size), out.to(DX.dtype.element_ty), mask=inside)
-            else:
-                tl.store(Y + y_at + t * (2 * width), out.to(Y.dtype.element_ty), mask=inside)
+                for k in tl.static_range(K):
+                    dw = dws[k]
+                    for i in tl.static_range(P):
+                        if i >= k:
+                            dw += dys[i] * xs[i - k]
+                    sums += (dw,)
+                dws = sums
+                for i in tl.static_range(P):
+                    dx = ws[0] * dys[i]
+                    for k in tl.static_range(1, K):
+                        if i + k < P:
+                            dx += ws[k] * dys[i + k]
+                    inside = (start + i >= 0) & (start + i < S) & (j < width)
+                    tl.store(DX + x_at + (start + i) * (2 * size), dx.to(DX.dtype.element_ty), mask=inside)
         if BACKWARD:
             part = b * tl.num_programs(0) + tl.program_id(0)
             for k in tl.static_range(K):
@@ -1270,10 +1284,46 @@ if triton is not None:
         return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
 
     @triton.jit
-    def _ssm_kernel(X, UBC, BIAS, A, SKIP, Y, DY, DX, DUBC, DBIAS, DA, DSKIP, S, front, T, BACKWARD: tl.constexpr, P: tl.constexpr,
+    def _conv_step(X, W, CONV, keep, j, width: tl.constexpr, K: tl.constexpr):
+        """SiLU of the convolution's newest output for the channels j; CONV (K - 1, 2, width) moves on by one."""
+        x = tl.load(X + j).to(tl.float32)
+        y = tl.load(W + j).to(tl.float32) * x
+        for k in tl.static_range(1, K):                                           # from the newest back: read, then overwrite
+            past = tl.load(CONV + (K - 1 - k) * (2 * width) + j).to(tl.float32)
+            y += tl.load(W + k * (2 * width) + j).to(tl.float32) * past
+            tl.debug_barrier()
+            tl.store(CONV + (K - 1 - k) * (2 * width) + j, (x * keep).to(CONV.dtype.element_ty))
+            x = past
+        return _silu(y)[0]
+
+    @triton.jit
+    def _ssm_step_kernel(X, W, BIAS, A_LOG, SKIP, END, STATE, CONV, Y, rows, eps, K: tl.constexpr, H: tl.constexpr, p: tl.constexpr, n: tl.constexpr):
+        """ChunkSSM.step between W_in and W_out for one row and one SSM; STATE and CONV are updated in place."""
+        b, s = tl.program_id(0), tl.program_id(1)
+        inner: tl.constexpr = H * p
+        width: tl.constexpr = inner + 2 * n
+        r, c = tl.arange(0, inner), tl.arange(0, n)
+        X += (b * 2 + s) * (inner + H + width)
+        keep = 1.0 - tl.load(END + (b if rows > 1 else 0)).to(tl.float32)
+        u = _conv_step(X + inner + H, W + s * width, CONV + (b * (K - 1) * 2 + s) * width, keep, r, width, K)
+        B = _conv_step(X + inner + H, W + s * width, CONV + (b * (K - 1) * 2 + s) * width, keep, inner + c, width, K)
+        C = _conv_step(X + inner + H, W + s * width, CONV + (b * (K - 1) * 2 + s) * width, keep, inner + n + c, width, K)
+        v = tl.load(X + inner + r // p).to(tl.float32) + tl.load(BIAS + s * H + r // p).to(tl.float32)
+        dt = tl.where(v > 20.0, v, tl.log(1 + _exp(v)))
+        decay = _exp(-dt * _exp(tl.load(A_LOG + s * H + r // p).to(tl.float32)))
+        at = (b * 2 + s) * (inner * n) + r[:, None] * n + c[None, :]
+        state = tl.load(STATE + at) * decay[:, None] + (dt * u)[:, None] * B[None, :]
+        tl.store(STATE + at, state * keep)
+        y = tl.sum(state * C[None, :], 1) + tl.load(SKIP + s * H + r // p).to(tl.float32) * u
+        y *= _silu(tl.load(X + r))[0]
+        y *= tl.rsqrt(tl.sum(y * y, 0) / inner + eps)
+        tl.store(Y + (s * tl.num_programs(0) + b) * inner + r, y.to(Y.dtype.element_ty))
+
+    @triton.jit
+    def _ssm_kernel(X, UBC, BIAS, A, SKIP, Y, DY, DX, DUBC, SUMS, S, front, T, BACKWARD: tl.constexpr, P: tl.constexpr,
                     H: tl.constexpr, p: tl.constexpr, n: tl.constexpr, Q: tl.constexpr):
         """From X (b, S, 2, z | dt | .) and UBC, the convolution's (b, S, 2, u B C) before its SiLU, to y SiLU(z) (2, b, S, H p):
-        T <= Q tokens, whole chunks of P, of one SSM. No state enters or leaves them."""
+        T <= Q tokens, whole chunks of P, of one SSM. No state enters or leaves them. SUMS (3, 2, H, parts): of dt_bias, A, D."""
         b, s = tl.program_id(1).to(tl.int64), tl.program_id(2)
         width: tl.constexpr = H * p + 2 * n
         size: tl.constexpr = H * p + H + width
@@ -1309,10 +1359,11 @@ if triton is not None:
                 dlog_a = tl.cumsum(tl.sum(flow, 1) - tl.sum(flow, 0), 0, reverse=True)
                 dv = tl.where(inside, (tl.sum(dx * u, 1) + dlog_a * a) * _sigmoid(v), 0.0)
                 tl.store(DX + at_dt, dv.to(DX.dtype.element_ty), mask=inside)
-                at = (b * tl.num_programs(0) + tl.program_id(0)) * (2 * H) + s * H + h      # sums over tokens: a part per tile
-                tl.store(DBIAS + at, tl.sum(dv, 0))
-                tl.store(DA + at, tl.sum(dlog_a * dt, 0))
-                tl.store(DSKIP + at, tl.sum(tl.sum(dy * u, 1), 0))
+                parts = tl.num_programs(0) * tl.num_programs(1)                   # sums over tokens: a part per tile
+                SUM = SUMS + (s * H + h) * parts + b * tl.num_programs(0) + tl.program_id(0)
+                tl.store(SUM, tl.sum(dv, 0))
+                tl.store(SUM + 2 * H * parts, tl.sum(dlog_a * dt, 0))
+                tl.store(SUM + 4 * H * parts, tl.sum(tl.sum(dy * u, 1), 0))
                 _put(DUBC + c_row + h * p, t, S, 2, width, p, (dx * dt[:, None] + skip * dy) * slope_u)
                 dCB += dM * decay
         if BACKWARD:
@@ -1397,24 +1448,33 @@ def _ssm_launch(x, w, bias, A, D, first, step, inner, dy=None):
     ubc = x.new_empty(b, l, 2, width)
 
     def conv(name, *tensors):
-        T, N, warps, steps = TILES[name]
-        _conv_kernel[(triton.cdiv(l, T * steps), b, 2 * triton.cdiv(width, N))](
-            x, w, *tensors, l, front, name != "conv", step, K, width, size, T, N, steps, num_warps=warps)
+        N, C, warps, steps = TILES[name]
+        _conv_kernel[(triton.cdiv(front + l, step * N * steps), b, 2 * triton.cdiv(width, C))](
+            x, w, *tensors, l, front, name != "conv", step, K, width, size, N, C, steps, num_warps=warps)
     conv("conv", ubc, x, x, x)
-    Q, warps = TILES["ssm" if dy is None else "ssm backward"]
+    Q, warps = TILES["ssm"]
     Q = max(Q, triton.next_power_of_2(step))
     grid = (triton.cdiv(front + l, Q // step * step), b, 2)
     sizes = (l, front, Q // step * step), dict(P=step, H=H, p=inner // H, n=(width - inner) // 2, Q=Q, num_warps=warps)
     if dy is None:
         y = x.new_empty(2, b, l, inner)
-        _ssm_kernel[grid](x, ubc, bias, A, D, y, *[y] * 6, *sizes[0], False, **sizes[1])
+        _ssm_kernel[grid](x, ubc, bias, A, D, y, y, y, y, y, *sizes[0], False, **sizes[1])
         return y
     dx, dubc = torch.empty_like(x), torch.empty_like(ubc)
-    dbias, dA, dD = (torch.empty(b * grid[0], 2, H, dtype=torch.float32, device=x.device) for _ in range(3))
-    dw = torch.empty(b * triton.cdiv(l, TILES["conv backward"][0] * TILES["conv backward"][3]), *w.shape, dtype=torch.float32, device=x.device)
-    _ssm_kernel[grid](x, ubc, bias, A, D, x, dy.contiguous(), dx, dubc, dbias, dA, dD, *sizes[0], True, **sizes[1])
+    sums = torch.empty(3, 2, H, b * grid[0], dtype=torch.float32, device=x.device)
+    N, _, _, steps = TILES["conv backward"]
+    dw = torch.empty(b * triton.cdiv(front + l, step * N * steps), *w.shape, dtype=torch.float32, device=x.device)
+    _ssm_kernel[grid](x, ubc, bias, A, D, x, dy.contiguous(), dx, dubc, sums, *sizes[0], True, **sizes[1])
     conv("conv backward", ubc, dubc, dx, dw)
-    return dx, dw.sum(0).to(w.dtype), dbias.sum(0), dA.sum(0), dD.sum(0)
+    return dx, dw.sum(0).to(w.dtype), *(t.clone() for t in sums.sum(-1))
+
+
+def _ssm_step(proj, ssm, boundary, h, conv):
+    """ChunkSSM.step between W_in and W_out: proj (b, 2, z | dt | u B C) -> (2, b, inner)."""
+    c, y = ssm.config, proj.new_empty(2, len(proj), ssm.config.ssm_inner)
+    _ssm_step_kernel[(len(proj), 2)](proj.contiguous(), ssm.w_conv, ssm.dt_bias, ssm.A_log, ssm.D, boundary, h, conv, y, len(boundary), c.norm_eps,
+                                     c.conv_size, c.ssm_heads, c.ssm_inner // c.ssm_heads, c.ssm_state, num_warps=8)
+    return y
 
 
 @torch.library.custom_op(f"{__name__}::ssm", mutates_args=())

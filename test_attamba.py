@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
@@ -915,6 +916,7 @@ def test_gpu_agrees_with_cpu(dtype, tolerance):
 @pytest.mark.parametrize("P, length", [(5, 23), (8, 70)])
 def test_kernels_in_the_interpreter(P, length):
     """The CUDA kernels without a GPU. (float32: Triton 3.6's interpreter gets bfloat16 products wrong.)"""
+    warnings.simplefilter("ignore")  # the interpreter's own; pytest restores them
     config = small(dim=64, ssm_state=16, chunk_size=P, leading_tokens=9)
     model, tokens = Attamba(config), torch.randint(19, (2, length))
     exact = Attamba(config).double()  # float64 takes the plain path

@@ -21,13 +21,16 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import attamba  # noqa: E402
 from attamba import Attamba, AttambaConfig, attend  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
+RATES = {}                           # measured at the start
 SIZES = dict(vocab_size=8192, dim=512, n_layers=8, n_heads=8) if GPU else dict(vocab_size=256, dim=128, n_layers=4, n_heads=4)
 P, L = 8, 64
 MODELS = {"transformer": dict(kv="linear", leading_tokens=None), "attamba": dict(chunk_size=P, leading_tokens=L, ssm_state=32)}
+STATE128 = {**MODELS, "attamba": dict(MODELS["attamba"], ssm_state=128)}
 
 
 def clock(functions, repeats, warmup=1):
@@ -77,12 +80,13 @@ class Training:
         self.optimizer.zero_grad()
 
 
-def training(quick):
-    for length in ([1024, 8192] if quick else [1024, 8192, 32768, 131072]) if GPU else ([256] if quick else [256, 4096, 16384]):
-        per_step = 65536 if GPU else 4096
+def training(quick, models=MODELS, lengths=None, note=""):
+    """Three steps in a row count as one measurement, as in a training loop, which waits for its GPU now and then only."""
+    lengths = lengths or ((GPU and [1024, 8192, 32768, 131072]) or [256, 4096, 16384])[:(2 if GPU else 1) if quick else None]
+    for length in lengths:
+        per_step, row, steps = 65536 if GPU else 4096, {}, {}
         tokens = torch.randint(SIZES["vocab_size"], (max(1, per_step // length), length), device=DEVICE)
-        row, steps = dict(tokens_per_step=tokens.numel()), {}
-        for name, options in MODELS.items():
+        for name, options in models.items():
             if GPU:
                 torch._dynamo.reset()
                 torch.cuda.empty_cache()
@@ -98,9 +102,49 @@ def training(quick):
                 step()
                 own = sum(p.numel() * 12 for p in step.model.parameters())    # weights and optimiser, fp32
                 row[f"{name} peak GB"] = (torch.cuda.max_memory_allocated() - before + own) / 1e9
-            steps[name] = step
-        seconds = clock(steps, 3 if quick or not GPU or length > 32768 else 7)
-        yield f"training, S {length}", "tokens/s", {n: tokens.numel() / s for n, s in seconds.items()}, row
+            steps[name] = lambda step=step: [step() for _ in range(3 if GPU else 1)]
+        seconds = clock(steps, 3 if quick or not GPU or length > 32768 else 5)
+        speed = {n: tokens.numel() * (3 if GPU else 1) / s for n, s in seconds.items()}
+        for name, options in models.items():
+            row[f"{name} % of matrix rate"] = 3 * speed[name] * operations(options, length) / RATES["matmul_tflop_s"] / 1e10
+        yield f"training, S {length}{note}", "tokens/s", speed, row
+
+
+def operations(options, length):
+    """Matrix operations a token in a forward pass: two per weight, four per channel of each visible key (on average)."""
+    config = AttambaConfig(**SIZES, **options)
+    weights = sum(p.numel() for p in build(**options).parameters() if p.dim() > 1) - config.vocab_size * config.dim
+    seen = (length + 1) / 2
+    if config.leading_tokens is not None:
+        chunks = max(0, length - L) ** 2 / 2 / P / length
+        seen = min(seen, L + 1) + chunks
+    return 2 * weights + 4 * config.n_layers * config.n_heads * config.head_dim * seen
+
+
+def state128(quick):
+    yield from training(quick, STATE128, [1024, 8192] if GPU else [256], ", state 128")
+
+
+def released(quick):
+    """Against the way of the released code in plain PyTorch, compiled: attention through a dense S x S mask, and the
+    SSMs as one scan over the flattened batch, its matrices in memory (here with this project's boundaries)."""
+    def dense(q, k, v, boundaries, leading, *_):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attamba.attention_mask(boundaries, leading)[:, None])
+
+    def flat(u, dt, A, B, C, D, boundaries, h=None):
+        b, l = u.shape[:2]
+        ends = boundaries.expand(b, -1).reshape(1, -1)
+        y, h = scan(*(t.flatten(0, 1)[None] for t in (u, dt)), A, *(t.flatten(0, 1)[None] for t in (B, C)), D, ends, h, 64)
+        return y.view(b, l, *y.shape[2:]), h
+    ours = attamba.attend, attamba.ssm_scan, attamba._ssm_kernel_fits
+    scan = ours[1]
+    for length in [1024, 16384]:
+        rows = []
+        for patch in (dense, flat, lambda *_: False), ours:
+            attamba.attend, attamba.ssm_scan, attamba._ssm_kernel_fits = patch
+            rows += training(quick, {"attamba": MODELS["attamba"]}, [length])
+        (_, unit, slow, _), (name, _, fast, row) = rows
+        yield f"against the released way: {name}", unit, {"transformer": slow["attamba"], **fast}, {}
 
 
 def attention(quick):
@@ -139,15 +183,18 @@ def pretend(model, cache, context):
 def decode(quick):
     dtype = torch.bfloat16 if GPU else torch.float32
     for batch, context in ([(1, 1024)] if quick else [(1, 1024), (64, 32768)]) if GPU else ([(1, 1024)] if quick else [(1, 1024), (1, 8192)]):
-        models, steps, row = {name: build(dtype, **options) for name, options in MODELS.items()}, {}, {}
+        models, steps, row, caches = {name: build(dtype, **options) for name, options in MODELS.items()}, {}, {}, {}
         token = torch.zeros(batch, 1, dtype=torch.long, device=DEVICE)
         for name, model in models.items():
             before = torch.cuda.memory_allocated() if GPU else 0
-            cache = model.new_cache(batch, context + 200)
+            cache = caches[name] = model.new_cache(batch, context + 200)
             row[f"{name} cache bytes"] = torch.cuda.memory_allocated() - before if GPU else cache.nbytes
             pretend(model, cache, context)
             steps[name] = lambda model=model, cache=cache: [model(token, cache=cache) for _ in range(5)]
         seconds = clock(steps, 7)
+        for name, model in models.items():  # a step reads the weights and the cache once
+            moved = sum(p.numel() * p.element_size() for p in model.parameters()) + (caches[name].nbytes * context / (context + 200))
+            row[f"{name} % of bandwidth"] = 100 * moved / (seconds[name] / 5) / RATES["copy_gb_s"] / 1e9
         yield f"decode, batch {batch}, context {context}", "tokens/s", {n: 5 * batch / s for n, s in seconds.items()}, row
 
 
@@ -163,22 +210,22 @@ def roofline():
     x = torch.zeros(n, dtype=dtype, device=DEVICE)
     y, a = torch.empty_like(x), torch.randn(m, m, device=DEVICE, dtype=dtype)
     seconds = clock(dict(copy=lambda: y.copy_(x), matmul=lambda: a @ a), 10, 3)
-    return 2 * x.numel() * x.element_size() / seconds["copy"] / 1e9, 2 * m ** 3 / seconds["matmul"] / 1e12
+    return dict(copy_gb_s=2 * x.numel() * x.element_size() / seconds["copy"] / 1e9, matmul_tflop_s=2 * m ** 3 / seconds["matmul"] / 1e12)
 
 
 def main():
-    sections = dict(training=training, attention=attention, prefill=prefill, decode=decode, cache=cache)
+    sections = dict(training=training, state128=state128, released=released, attention=attention, prefill=prefill, decode=decode, cache=cache)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", default=",".join(sections), help="comma-separated: " + ", ".join(sections))
+    parser.add_argument("--only", default=",".join(s for s in sections if GPU or s != "released"), help="comma-separated: " + ", ".join(sections))
     parser.add_argument("--out", type=Path, default=ROOT / "experiments/results/bench.jsonl")
     options = parser.parse_args()
     if GPU:
         torch.set_float32_matmul_precision("high")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     hardware = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
-    bandwidth, rate = roofline()
-    print(f"{hardware}, torch {torch.__version__}; copies {bandwidth:.0f} GB/s, matrix products {rate:.2f} TFLOP/s; "
+    RATES.update(roofline())
+    print(f"{hardware}, torch {torch.__version__}; copies {RATES['copy_gb_s']:.0f} GB/s, matrix products {RATES['matmul_tflop_s']:.2f} TFLOP/s; "
           f"dim {SIZES['dim']}, {SIZES['n_layers']} layers, P {P}, L {L}\n")
     print(f"{'':<52}{'transformer':>13}{'attamba':>13}{'ratio':>8}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +241,7 @@ def main():
                     print(f"{'    ' + key.removeprefix('attamba '):<52}{other:>13,.1f}{more[key]:>13,.1f}{other / more[key]:>8.2f}", flush=True)
             with open(options.out, "a") as f:
                 f.write(json.dumps(dict(name=name, unit=unit, **values, ratio=ratio, **more, model={**SIZES, **MODELS["attamba"]},
-                                        hardware=hardware, torch=torch.__version__, copy_gb_s=bandwidth, matmul_tflop_s=rate,
+                                        hardware=hardware, torch=torch.__version__, **RATES,
                                         commit=commit, quick=options.quick)) + "\n")
 
 
