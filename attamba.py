@@ -204,16 +204,17 @@ class LayerCache:
         """Take in l new tokens. k, v (b, n_kv_heads, l, head_dim), boundaries (b or 1, l) bool."""
         new, W, l = torch.stack([k, v]).detach().to(self.kv.dtype), self.window, k.shape[2]
         slots = self._slots(l)
-        if self.max_chunks:
-            # A leaving token that ends a chunk moves to the next free entry, any other to a slot
-            # that is overwritten just below.
+        if self.max_chunks:  # a leaving token that ends a chunk moves to the next free entry
             leaving = self._leaving(boundaries)                                   # (b, l)
-            to = torch.where(leaving, self.n_chunks[:, None] + leaving.cumsum(1) + (W - 1), slots[:1])
             old = self.kv[..., slots, :]                                          # (2, b, h, min(l, W), d)
-            if l > W:
-                old = torch.cat([old, new[..., :l - W, :]], 3)
-            self.kv.scatter_(3, to[None, :, None, :, None].expand_as(old), old)
-            self.n_chunks += leaving.sum(1)
+            if l == 1:  # without a look at the data: if it ends no chunk, to its slot, which is overwritten just below
+                to = torch.where(leaving, self.n_chunks[:, None] + W, slots)      # (b, 1)
+                self.kv.scatter_(3, to[None, :, None, :, None].expand_as(old), old)
+            else:
+                row, i = leaving.nonzero(as_tuple=True)
+                to = W + self.n_chunks[row] + leaving.cumsum(1)[row, i] - 1
+                self.kv[:, row, :, to] = torch.cat([old, new[..., :max(0, l - W), :]], 3)[:, row, :, i]
+            self.n_chunks += leaving.sum(1) if l > 1 else leaving[:, 0]
         if l > W:
             slots, new, boundaries = (slots + l) % W, new[..., l - W:, :], boundaries[:, l - W:]
         self.kv.index_copy_(3, slots, new)
@@ -281,11 +282,11 @@ class Attamba(nn.Module):
         if cache is None:
             return self._run(tokens, self._boundaries(tokens, boundaries), None)
         by_rule = boundaries is None
+        if by_rule and tokens.shape[1] == 1 and _graph_fits(self, cache):
+            return _replay(self, tokens, cache)
         boundaries = self._boundaries(tokens, boundaries, cache)
         for layer, ends in zip(cache.layers, boundaries):  # check every layer before any of them changes
             layer.check(ends, by_rule)
-        if by_rule and tokens.shape[1] == 1 and _graph_fits(self, cache):
-            return _replay(self, tokens, cache)
         if by_rule and cache.position == 0 and not callable(self.config.chunking):
             boundaries = [None] * len(boundaries)  # from the start, the layers' fast ways
         return self._run(tokens, boundaries, cache)
@@ -319,7 +320,7 @@ class Attamba(nn.Module):
             raise ValueError(f"this cache was made for batch size {cache.batch_size} and {cache.config}, "
                              f"but it is used with batch size {len(tokens)} and {self.config}")
         if not torch.compiler.is_compiling():
-            low, high = torch.stack([tokens.min(), tokens.max()]).tolist()
+            low, high = torch.stack(tokens.aminmax()).tolist()
             if low < 0 or high >= self.config.vocab_size:
                 raise IndexError(f"token ids must lie in 0 ... {self.config.vocab_size - 1}, but they range from {low} to {high}")
 
@@ -1050,7 +1051,7 @@ def rope_angles(start: int, length: int, head_dim: int, theta: float, device) ->
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn channel pairs (i, i + head_dim / 2) of x (b, l, heads, head_dim) by the angles [3]."""
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 # ---------------------------------------------------------------------------------------
@@ -1070,7 +1071,7 @@ def _ssm_kernel_fits(x: Tensor, config: AttambaConfig) -> bool:
 
 # Queries and keys per tile, warps, pipeline stages: the fastest of those measured on an H200.
 TILES = {"forward": (64, 64, 4, 2), "dq": (64, 64, 4, 2), "dkv window": (64, 64, 4, 2), "dkv chunks": (64, 64, 4, 3),
-         "conv": (4, 64, 1, 1), "conv backward": (4, 64, 1, 8), "ssm": (16, 1)}
+         "conv": (4, 64, 1, 1), "conv backward": (4, 64, 2, 8), "ssm": (16, 1)}
 FOLD_FROM = 4096                                       # chunks; measured on an H200
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs the kernels on a CPU, slowly: for tests
 
@@ -1397,6 +1398,7 @@ def _graph_fits(model: Attamba, cache: Cache) -> bool:
 def _replay(model: Attamba, tokens: Tensor, cache: Cache) -> Tensor:
     """model(tokens, cache=cache) for tokens (b, 1)."""
     position = cache.position
+    cache.layers[0].check(tokens, True)
     if cache.graph is None:  # the kernels compile and the libraries allocate what they need
         cache.graph = "next"
         return model._run(tokens, model._boundaries(tokens, None, cache), cache)
