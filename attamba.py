@@ -171,11 +171,10 @@ class LayerCache:
         """Slots of the ring that l new tokens overwrite, the oldest first. (min(l, W),)"""
         return (self.position + torch.arange(min(l, self.window), device=self.ends.device)) % self.window
 
-    def _leaving(self, boundaries: Tensor) -> Tensor:
+    def _leaving(self, slots: Tensor, boundaries: Tensor) -> Tensor:
         """Which of the l tokens that leave the window for l new ones end a chunk? (b or 1, l) -> (b, l) bool"""
-        slots = self._slots(boundaries.shape[1])
-        rest = boundaries[:, :boundaries.shape[1] - len(slots)]                   # new ones, where l > W
-        return torch.cat([self.ends[:, slots], rest.expand(len(self.ends), -1)], 1)
+        ends, new = self.ends[:, slots], boundaries[:, :boundaries.shape[1] - len(slots)]   # new ones leave too, where l > W
+        return torch.cat([ends, new.expand(len(ends), -1)], 1) if new.shape[1] else ends
 
     def check(self, boundaries: Tensor, by_rule: bool) -> None:
         """Is there room for these (b, l) new tokens? Raises ValueError if not; changes nothing."""
@@ -185,7 +184,7 @@ class LayerCache:
         if self.position + l > self.max_len:
             raise ValueError(f"the cache is full: it holds {self.position} tokens, {l} more were given, and max_len is {self.max_len}")
         if not (by_rule and self.roomy):
-            need = int((self.n_chunks + self._leaving(boundaries).sum(1)).max())
+            need = int((self.n_chunks + self._leaving(self._slots(l), boundaries).sum(1)).max())
             if need > self.max_chunks:
                 raise ValueError(f"the cache is full: it needs {need} chunk entries, and max_chunks is {self.max_chunks}")
 
@@ -205,7 +204,7 @@ class LayerCache:
         new, W, l = torch.stack([k, v]).detach().to(self.kv.dtype), self.window, k.shape[2]
         slots = self._slots(l)
         if self.max_chunks:  # a leaving token that ends a chunk moves to the next free entry
-            leaving = self._leaving(boundaries)                                   # (b, l)
+            leaving = self._leaving(slots, boundaries)                                   # (b, l)
             old = self.kv[..., slots, :]                                          # (2, b, h, min(l, W), d)
             if l == 1:  # without a look at the data: if it ends no chunk, to its slot, which is overwritten just below
                 to = torch.where(leaving, self.n_chunks[:, None] + W, slots)      # (b, 1)
@@ -817,7 +816,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, leading_tokens: 
         if q.shape[2] == l:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         L, boundaries, first = l - 1, torch.zeros_like(boundaries[:1]), None
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    if q.shape[1] != k.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     step = 0 if first is None else chunk_size or 1
     q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))                 # (b, l, h, d)
     return _attend(q, k, v, boundaries, torch.zeros((), dtype=torch.long) if first is None else first, step, L)[0].transpose(1, 2)
