@@ -182,7 +182,7 @@ def pretend(model, cache, context):
 @torch.no_grad()
 def decode(quick):
     dtype = torch.bfloat16 if GPU else torch.float32
-    for batch, context in ([(1, 1024)] if quick else [(1, 1024), (64, 32768)]) if GPU else ([(1, 1024)] if quick else [(1, 1024), (1, 8192)]):
+    for batch, context in ([(1, 1024)] if quick else [(1, 1024), (64, 32768)]) if GPU else ([(1, 1024)] if quick else [(1, 1024), (1, 8192), (1, 32768)]):
         models, steps, row, caches = {name: build(dtype, **options) for name, options in MODELS.items()}, {}, {}, {}
         token = torch.zeros(batch, 1, dtype=torch.long, device=DEVICE)
         for name, model in models.items():
