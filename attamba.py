@@ -133,124 +133,6 @@ class AttambaConfig:
 
 
 # ---------------------------------------------------------------------------------------
-# What is remembered between calls? Per layer: the entries of finished chunks, a ring with
-# the window, and the two SSMs' states. Only the entries grow with the context.
-
-class LayerCache:
-    """What one attention layer remembers. W = L + 1 slots of window (a token and its L
-    predecessors), then one slot per chunk; a token that leaves the window keeps a slot
-    only if it ended a chunk. So what a query sees is always the first few slots.
-
-    kv          (2, b, n_kv_heads, W + max_chunks, head_dim)  ring of the window, then chunk entries
-    ends        (b, W) bool          which tokens of the ring end a chunk
-    n_chunks    (b,) int64           chunk entries in use, row by row (rows may differ)
-    h           (b, 2 ssm_heads, p, n) float32  states of the two SSMs; None for kv="linear"
-    conv        (b, conv_size - 1, 2, channels) last inputs of their convolutions; likewise
-    position    int                  tokens seen so far; at most max_len
-    """
-
-    def __init__(self, config: "AttambaConfig", batch_size: int, max_len: int, max_chunks: int, roomy: bool, dtype, device):
-        c, L = config, config.leading_tokens
-        self.max_len, self.max_chunks, self.roomy, self.position = max_len, max_chunks, roomy, 0
-        self.window = W = max_len if L is None else min(L + 1, max_len)
-        self.kv = torch.zeros(2, batch_size, c.n_kv_heads, W + max_chunks, c.head_dim, dtype=dtype, device=device)
-        self.ends = torch.zeros(batch_size, W, dtype=torch.bool, device=device)
-        self.n_chunks = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.h = self.conv = None
-        if "ssm" in c.kv:
-            self.h = torch.zeros(batch_size, 2 * c.ssm_heads, c.ssm_inner // c.ssm_heads, c.ssm_state,
-                                 dtype=torch.promote_types(dtype, torch.float32), device=device)
-            self.conv = torch.zeros(batch_size, c.conv_size - 1, 2, c.ssm_inner + 2 * c.ssm_state, dtype=dtype, device=device)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes really allocated: keys, values, chunk bookkeeping and SSM states."""
-        return sum(t.numel() * t.element_size() for t in (self.kv, self.ends, self.n_chunks, self.h, self.conv) if t is not None)
-
-    def _slots(self, l: int) -> Tensor:
-        """Slots of the ring that l new tokens overwrite, the oldest first. (min(l, W),)"""
-        return (self.position + torch.arange(min(l, self.window), device=self.ends.device)) % self.window
-
-    def _leaving(self, slots: Tensor, boundaries: Tensor) -> Tensor:
-        """Which of the l tokens that leave the window for l new ones end a chunk? (b or 1, l) -> (b, l) bool"""
-        ends, new = self.ends[:, slots], boundaries[:, :boundaries.shape[1] - len(slots)]   # new ones leave too, where l > W
-        return torch.cat([ends, new.expand(len(ends), -1)], 1) if new.shape[1] else ends
-
-    def check(self, boundaries: Tensor, by_rule: bool) -> None:
-        """Is there room for these (b, l) new tokens? Raises ValueError if not; changes nothing."""
-        if isinstance(self.position, Tensor):
-            return  # recording a CUDA graph: checked before
-        l = boundaries.shape[1]
-        if self.position + l > self.max_len:
-            raise ValueError(f"the cache is full: it holds {self.position} tokens, {l} more were given, and max_len is {self.max_len}")
-        if not (by_rule and self.roomy):
-            need = int((self.n_chunks + self._leaving(self._slots(l), boundaries).sum(1)).max())
-            if need > self.max_chunks:
-                raise ValueError(f"the cache is full: it needs {need} chunk entries, and max_chunks is {self.max_chunks}")
-
-    def context(self, k: Tensor, v: Tensor, boundaries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Entries, window and new tokens as one sequence; an entry is a token that ends a chunk.
-        k, v (b, h, l, d), boundaries (b, l) -> the same for all e + w + l of them."""
-        e, device = int(self.n_chunks.max()), k.device
-        order = self._slots(self.window)[max(0, self.window - self.position):]
-        slots = torch.cat([torch.arange(self.window, self.window + e, device=device), order])
-        valid = torch.arange(e, device=device) < self.n_chunks[:, None]           # (b, e)
-        ends = torch.cat([valid, self.ends[:, order], boundaries.expand(len(valid), -1)], 1)
-        k, v = (torch.cat([old[:, :, slots].to(new.dtype), new], 2) for old, new in zip(self.kv, (k, v)))
-        return k, v, ends
-
-    def append(self, k: Tensor, v: Tensor, boundaries: Tensor) -> None:
-        """Take in l new tokens. k, v (b, n_kv_heads, l, head_dim), boundaries (b or 1, l) bool."""
-        new, W, l = torch.stack([k, v]).detach().to(self.kv.dtype), self.window, k.shape[2]
-        slots = self._slots(l)
-        if self.max_chunks:  # a leaving token that ends a chunk moves to the next free entry
-            leaving = self._leaving(slots, boundaries)                                   # (b, l)
-            old = self.kv[..., slots, :]                                          # (2, b, h, min(l, W), d)
-            if l == 1:  # without a look at the data: if it ends no chunk, to its slot, which is overwritten just below
-                to = torch.where(leaving, self.n_chunks[:, None] + W, slots)      # (b, 1)
-                self.kv.scatter_(3, to[None, :, None, :, None].expand_as(old), old)
-            else:
-                row, i = leaving.nonzero(as_tuple=True)
-                to = W + self.n_chunks[row] + leaving.cumsum(1)[row, i] - 1
-                self.kv[:, row, :, to] = torch.cat([old, new[..., :max(0, l - W), :]], 3)[:, row, :, i]
-            self.n_chunks += leaving.sum(1) if l > 1 else leaving[:, 0]
-        if l > W:
-            slots, new, boundaries = (slots + l) % W, new[..., l - W:, :], boundaries[:, l - W:]
-        self.kv.index_copy_(3, slots, new)
-        self.ends.index_copy_(1, slots, boundaries.expand(len(self.ends), -1))
-        self.position = self.position + l
-
-    def attend(self, q: Tensor) -> Tensor:
-        """Attention of the newest token over all that it sees. q (b, n_heads, 1, head_dim) -> same."""
-        b, h, _, d = q.shape
-        q = q.to(self.kv.dtype).view(b, self.kv.shape[2], -1, d)                  # (b, kv heads, h / kv heads, d)
-        if _kernels_fit(q):
-            position = torch.as_tensor(self.position, device=q.device)
-            return _attend_cached(q, self.kv, position.clamp(max=self.window) + self.n_chunks).view(b, h, 1, d)
-        counts = self.n_chunks.tolist() if self.max_chunks else [0]
-        seen, mask = min(self.position, self.window) + max(counts), None
-        if min(counts) != max(counts):
-            lengths = seen - max(counts) + self.n_chunks[:, None]
-            mask = (torch.arange(seen, device=q.device) < lengths)[:, None, None]  # (b, 1, 1, seen)
-        return F.scaled_dot_product_attention(q, self.kv[0][:, :, :seen], self.kv[1][:, :, :seen], attn_mask=mask).view(b, h, 1, d)
-
-
-class Cache:
-    """What a model remembers of the tokens it has seen: a LayerCache per layer.
-
-    nbytes      bytes allocated, all layers, states included
-    position    tokens seen so far
-    """
-
-    def __init__(self, layers: list[LayerCache], batch_size: int, config: "AttambaConfig"):
-        self.layers, self.batch_size, self.config = layers, batch_size, config
-        self.graph = None                              # of one step, on a GPU
-
-    nbytes = property(lambda self: sum(layer.nbytes for layer in self.layers))
-    position = property(lambda self: self.layers[0].position)
-
-
-# ---------------------------------------------------------------------------------------
 # What is the model? A pre-norm transformer; only the attention inside is new.
 
 class Attamba(nn.Module):
@@ -269,7 +151,7 @@ class Attamba(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
 
-    def forward(self, tokens: Tensor, boundaries: Optional[Tensor] = None, cache: Optional[Cache] = None) -> Tensor:
+    def forward(self, tokens: Tensor, boundaries: Optional[Tensor] = None, cache: Optional["Cache"] = None) -> Tensor:
         """tokens (b, l) int64 -> logits (b, l, vocab_size).
 
         boundaries: bool (b, l), True where a token ends its chunk, in all layers; default: config.chunking.
@@ -290,7 +172,7 @@ class Attamba(nn.Module):
             boundaries = [None] * len(boundaries)  # from the start, the layers' fast ways
         return self._run(tokens, boundaries, cache)
 
-    def _boundaries(self, tokens: Tensor, boundaries: Optional[Tensor], cache: Optional[Cache] = None) -> list[Optional[Tensor]]:
+    def _boundaries(self, tokens: Tensor, boundaries: Optional[Tensor], cache: Optional["Cache"] = None) -> list[Optional[Tensor]]:
         """Chunk ends (b or 1, l) for each layer; None where the layer itself knows them."""
         layers, rule = range(len(self.blocks)), self.config.chunking
         if boundaries is not None or (cache is None and not callable(rule)):
@@ -323,7 +205,7 @@ class Attamba(nn.Module):
             if low < 0 or high >= self.config.vocab_size:
                 raise IndexError(f"token ids must lie in 0 ... {self.config.vocab_size - 1}, but they range from {low} to {high}")
 
-    def new_cache(self, batch_size: int, max_len: int, max_chunks: Optional[int] = None) -> Cache:
+    def new_cache(self, batch_size: int, max_len: int, max_chunks: Optional[int] = None) -> "Cache":
         """Allocate everything that decoding up to max_len tokens needs, at once.
 
         max_chunks: chunk entries per layer; default: what max_len tokens need at most under
@@ -383,7 +265,7 @@ class Block(nn.Module):
         nn.init.normal_(self.w_gate_up.weight, std=0.02)
         nn.init.normal_(self.w_down.weight, std=0.02 / math.sqrt(2 * config.n_layers))
 
-    def forward(self, x: Tensor, boundaries: Optional[Tensor] = None, cache: Optional[LayerCache] = None,
+    def forward(self, x: Tensor, boundaries: Optional[Tensor] = None, cache: Optional["LayerCache"] = None,
                 rope: Optional[tuple[Tensor, Tensor]] = None) -> Tensor:
         x = x + self.attention(self.norm1(x), boundaries, cache, rope)
         gate, up = self.w_gate_up(self.norm2(x)).chunk(2, -1)                     # (b, l, hidden) each
@@ -435,7 +317,7 @@ class AttambaAttention(nn.Module):
         positions = start + torch.arange(length, device=self.layer.device)
         return chunk_ends(self.config, positions, self.layer)[None]
 
-    def new_cache(self, batch_size: int, max_len: int, max_chunks: Optional[int] = None) -> LayerCache:
+    def new_cache(self, batch_size: int, max_len: int, max_chunks: Optional[int] = None) -> "LayerCache":
         """Cache of this layer alone; see Attamba.new_cache."""
         for name, value, least in (("batch_size", batch_size, 1), ("max_len", max_len, 1), ("max_chunks", max_chunks, 0)):
             if value is not None and value < least:
@@ -446,7 +328,7 @@ class AttambaAttention(nn.Module):
             max_chunks = outside if callable(self.config.chunking) else int(self.boundaries(outside).sum())
         return LayerCache(self.config, batch_size, max_len, max_chunks, roomy, self.wq.weight.dtype, self.wq.weight.device)
 
-    def forward(self, x: Tensor, boundaries: Optional[Tensor] = None, cache: Optional[LayerCache] = None,
+    def forward(self, x: Tensor, boundaries: Optional[Tensor] = None, cache: Optional["LayerCache"] = None,
                 rope: Optional[tuple[Tensor, Tensor]] = None) -> Tensor:
         """x (b, l, d) -> (b, l, d). boundaries: bool (b, l) or (1, l), default config.chunking.
         cache: from new_cache; x continues it and it advances in place. rope: cos and sin of the
@@ -473,7 +355,7 @@ class AttambaAttention(nn.Module):
                 cache.append(k, v, ends)
         return self.wo(out.transpose(1, 2).flatten(2))
 
-    def keys_values(self, x: Tensor, ends: Tensor, first: Optional[Tensor], cache: Optional[LayerCache] = None) -> list[Tensor]:
+    def keys_values(self, x: Tensor, ends: Tensor, first: Optional[Tensor], cache: Optional["LayerCache"] = None) -> list[Tensor]:
         """Key and value of each token, before RoPE. x (b, l, d) -> [keys, values], (b, l, kv_dim) each"""
         c = self.config
         if "linear" in c.kv:
@@ -1052,6 +934,124 @@ def rope_angles(start: int, length: int, head_dim: int, theta: float, device) ->
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn channel pairs (i, i + head_dim / 2) of x (b, l, heads, head_dim) by the angles [3]."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+# ---------------------------------------------------------------------------------------
+# What is remembered between calls? Per layer: the entries of finished chunks, a ring with
+# the window, and the two SSMs' states. Only the entries grow with the context.
+
+class LayerCache:
+    """What one attention layer remembers. W = L + 1 slots of window (a token and its L
+    predecessors), then one slot per chunk; a token that leaves the window keeps a slot
+    only if it ended a chunk. So what a query sees is always the first few slots.
+
+    kv          (2, b, n_kv_heads, W + max_chunks, head_dim)  ring of the window, then chunk entries
+    ends        (b, W) bool          which tokens of the ring end a chunk
+    n_chunks    (b,) int64           chunk entries in use, row by row (rows may differ)
+    h           (b, 2 ssm_heads, p, n) float32  states of the two SSMs; None for kv="linear"
+    conv        (b, conv_size - 1, 2, channels) last inputs of their convolutions; likewise
+    position    int                  tokens seen so far; at most max_len
+    """
+
+    def __init__(self, config: AttambaConfig, batch_size: int, max_len: int, max_chunks: int, roomy: bool, dtype, device):
+        c, L = config, config.leading_tokens
+        self.max_len, self.max_chunks, self.roomy, self.position = max_len, max_chunks, roomy, 0
+        self.window = W = max_len if L is None else min(L + 1, max_len)
+        self.kv = torch.zeros(2, batch_size, c.n_kv_heads, W + max_chunks, c.head_dim, dtype=dtype, device=device)
+        self.ends = torch.zeros(batch_size, W, dtype=torch.bool, device=device)
+        self.n_chunks = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.h = self.conv = None
+        if "ssm" in c.kv:
+            self.h = torch.zeros(batch_size, 2 * c.ssm_heads, c.ssm_inner // c.ssm_heads, c.ssm_state,
+                                 dtype=torch.promote_types(dtype, torch.float32), device=device)
+            self.conv = torch.zeros(batch_size, c.conv_size - 1, 2, c.ssm_inner + 2 * c.ssm_state, dtype=dtype, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes really allocated: keys, values, chunk bookkeeping and SSM states."""
+        return sum(t.numel() * t.element_size() for t in (self.kv, self.ends, self.n_chunks, self.h, self.conv) if t is not None)
+
+    def _slots(self, l: int) -> Tensor:
+        """Slots of the ring that l new tokens overwrite, the oldest first. (min(l, W),)"""
+        return (self.position + torch.arange(min(l, self.window), device=self.ends.device)) % self.window
+
+    def _leaving(self, slots: Tensor, boundaries: Tensor) -> Tensor:
+        """Which of the l tokens that leave the window for l new ones end a chunk? (b or 1, l) -> (b, l) bool"""
+        ends, new = self.ends[:, slots], boundaries[:, :boundaries.shape[1] - len(slots)]   # new ones leave too, where l > W
+        return torch.cat([ends, new.expand(len(ends), -1)], 1) if new.shape[1] else ends
+
+    def check(self, boundaries: Tensor, by_rule: bool) -> None:
+        """Is there room for these (b, l) new tokens? Raises ValueError if not; changes nothing."""
+        if isinstance(self.position, Tensor):
+            return  # recording a CUDA graph: checked before
+        l = boundaries.shape[1]
+        if self.position + l > self.max_len:
+            raise ValueError(f"the cache is full: it holds {self.position} tokens, {l} more were given, and max_len is {self.max_len}")
+        if not (by_rule and self.roomy):
+            need = int((self.n_chunks + self._leaving(self._slots(l), boundaries).sum(1)).max())
+            if need > self.max_chunks:
+                raise ValueError(f"the cache is full: it needs {need} chunk entries, and max_chunks is {self.max_chunks}")
+
+    def context(self, k: Tensor, v: Tensor, boundaries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Entries, window and new tokens as one sequence; an entry is a token that ends a chunk.
+        k, v (b, h, l, d), boundaries (b, l) -> the same for all e + w + l of them."""
+        e, device = int(self.n_chunks.max()), k.device
+        order = self._slots(self.window)[max(0, self.window - self.position):]
+        slots = torch.cat([torch.arange(self.window, self.window + e, device=device), order])
+        valid = torch.arange(e, device=device) < self.n_chunks[:, None]           # (b, e)
+        ends = torch.cat([valid, self.ends[:, order], boundaries.expand(len(valid), -1)], 1)
+        k, v = (torch.cat([old[:, :, slots].to(new.dtype), new], 2) for old, new in zip(self.kv, (k, v)))
+        return k, v, ends
+
+    def append(self, k: Tensor, v: Tensor, boundaries: Tensor) -> None:
+        """Take in l new tokens. k, v (b, n_kv_heads, l, head_dim), boundaries (b or 1, l) bool."""
+        new, W, l = torch.stack([k, v]).detach().to(self.kv.dtype), self.window, k.shape[2]
+        slots = self._slots(l)
+        if self.max_chunks:  # a leaving token that ends a chunk moves to the next free entry
+            leaving = self._leaving(slots, boundaries)                                   # (b, l)
+            old = self.kv[..., slots, :]                                          # (2, b, h, min(l, W), d)
+            if l == 1:  # without a look at the data: if it ends no chunk, to its slot, which is overwritten just below
+                to = torch.where(leaving, self.n_chunks[:, None] + W, slots)      # (b, 1)
+                self.kv.scatter_(3, to[None, :, None, :, None].expand_as(old), old)
+            else:
+                row, i = leaving.nonzero(as_tuple=True)
+                to = W + self.n_chunks[row] + leaving.cumsum(1)[row, i] - 1
+                self.kv[:, row, :, to] = torch.cat([old, new[..., :max(0, l - W), :]], 3)[:, row, :, i]
+            self.n_chunks += leaving.sum(1) if l > 1 else leaving[:, 0]
+        if l > W:
+            slots, new, boundaries = (slots + l) % W, new[..., l - W:, :], boundaries[:, l - W:]
+        self.kv.index_copy_(3, slots, new)
+        self.ends.index_copy_(1, slots, boundaries.expand(len(self.ends), -1))
+        self.position = self.position + l
+
+    def attend(self, q: Tensor) -> Tensor:
+        """Attention of the newest token over all that it sees. q (b, n_heads, 1, head_dim) -> same."""
+        b, h, _, d = q.shape
+        q = q.to(self.kv.dtype).view(b, self.kv.shape[2], -1, d)                  # (b, kv heads, h / kv heads, d)
+        if _kernels_fit(q):
+            position = torch.as_tensor(self.position, device=q.device)
+            return _attend_cached(q, self.kv, position.clamp(max=self.window) + self.n_chunks).view(b, h, 1, d)
+        counts = self.n_chunks.tolist() if self.max_chunks else [0]
+        seen, mask = min(self.position, self.window) + max(counts), None
+        if min(counts) != max(counts):
+            lengths = seen - max(counts) + self.n_chunks[:, None]
+            mask = (torch.arange(seen, device=q.device) < lengths)[:, None, None]  # (b, 1, 1, seen)
+        return F.scaled_dot_product_attention(q, self.kv[0][:, :, :seen], self.kv[1][:, :, :seen], attn_mask=mask).view(b, h, 1, d)
+
+
+class Cache:
+    """What a model remembers of the tokens it has seen: a LayerCache per layer.
+
+    nbytes      bytes allocated, all layers, states included
+    position    tokens seen so far
+    """
+
+    def __init__(self, layers: list[LayerCache], batch_size: int, config: AttambaConfig):
+        self.layers, self.batch_size, self.config = layers, batch_size, config
+        self.graph = None                              # of one step, on a GPU
+
+    nbytes = property(lambda self: sum(layer.nbytes for layer in self.layers))
+    position = property(lambda self: self.layers[0].position)
 
 
 # ---------------------------------------------------------------------------------------
