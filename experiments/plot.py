@@ -1,0 +1,180 @@
+"""Every figure of the README, from the committed results: python experiments/plot.py
+
+Reads experiments/results/*.jsonl, writes assets/*.svg; a figure whose results are missing is left out.
+"""
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt  # noqa: E402
+import torch  # noqa: E402
+from matplotlib.patches import PathPatch  # noqa: E402
+from matplotlib.path import Path as Path2D  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from attamba import AttambaConfig, attention_mask, chunk_ends  # noqa: E402
+
+RESULTS, ASSETS = ROOT / "experiments/results", ROOT / "assets"
+INK, GRID = "#24292f", "#d8dee4"
+COLOURS = dict(transformer="#57606a", window="#0969da", narrowed="#8250df", strided="#bf8700", attamba="#cf222e", other="#e0727a")
+plt.rcParams.update({  # an opaque light card: it reads the same on a light and on a dark page
+    "figure.facecolor": "#fbfcfd", "axes.facecolor": "#fbfcfd", "savefig.facecolor": "#fbfcfd", "text.color": INK, "axes.labelcolor": INK,
+    "axes.edgecolor": GRID, "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "grid.color": GRID, "axes.axisbelow": True,
+    "axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "axes.titlesize": 10, "legend.frameon": False,
+    "svg.hashsalt": "attamba", "svg.fonttype": "path", "figure.constrained_layout.use": True})
+
+
+def read(name):
+    path = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in open(path)] if path.exists() else []
+
+
+def save(figure, name):
+    ASSETS.mkdir(exist_ok=True)
+    figure.savefig(ASSETS / f"{name}.svg", metadata={"Date": None})
+    plt.close(figure)
+    print(f"assets/{name}.svg")
+
+
+def family(row):
+    """Which series a trained model belongs to; None for those outside the figure (tables have them)."""
+    name = row["name"]
+    for start, series in (("transformer", "transformer"), ("window", "window"), ("gqa", "narrowed"), ("thin", "narrowed"), ("strided", "strided")):
+        if name.startswith(start):
+            return series
+    if name.startswith("attamba-p") and name.count("-") == 2:       # P and L only; variants are "other"
+        return "attamba"
+    return "other"
+
+
+LABELS = dict(transformer="transformer", window="transformer, sliding window", narrowed="transformer, narrowed keys and values",
+              strided="strided attention, no SSM", attamba="Attamba (P, L)", other="Attamba, other settings")
+
+
+def kv_perplexity(row_filter, name, title):
+    """Perplexity against what the cache takes; a series per family, the mean over seeds."""
+    groups = defaultdict(list)
+    for row in read("sweep"):
+        if row_filter(row) and row["perplexity"]:
+            groups[family(row), row["name"], row["kv_bytes"], row["tokens"]].append(row["perplexity"])
+    groups = {key: value for key, value in groups.items() if key[3] == max(key[3] for key in groups)}    # equal tokens only
+    if len(groups) < 2:
+        return
+    figure, axes = plt.subplots(figsize=(7.4, 4.4))
+    best = min(sum(v) / len(v) for v in groups.values())
+    for series in COLOURS:
+        points = sorted((nbytes / 1e6, sum(v) / len(v), name) for (s, name, nbytes, _), v in groups.items() if s == series)
+        points = [p for p in points if p[1] < 1.6 * best]            # a row that failed would flatten the others; the tables have it
+        if not points:
+            continue
+        x, y, names = zip(*points)
+        axes.plot(x, y, linestyle="-" if series == "window" else "none", marker="." if series == "other" else "o", color=COLOURS[series], label=LABELS[series], alpha=1 if series != "other" else 0.6)
+        for i, label in enumerate(names):
+            if series == "attamba":
+                P, L = label.split("-")[1:]
+                axes.annotate(f"{P[1:]}, {L[1:]}", (x[i], y[i]), xytext=(4, 5), textcoords="offset points", fontsize=8, color=COLOURS[series])
+    axes.set(xscale="log", xlabel="KV cache of one sequence, MB (allocated, SSM states included)", ylabel="held-out perplexity", title=title)
+    ticks = [t for t in (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70) if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
+    axes.set_xticks(ticks, [str(t) for t in ticks])
+    axes.minorticks_off()
+    axes.legend(fontsize=8.5)
+    save(figure, name)
+
+
+def speed_context():
+    """Training speed of both models, and how much faster attention alone is, against the context."""
+    latest = {(r["name"], r["hardware"]): r for r in read("bench")}  # the last measurement counts
+    hardware = sorted({h for _, h in latest}, key=lambda h: (h.startswith("CPU"), h))
+    hardware = [h for h in hardware if sum(n.startswith("training, S") for n, k in latest if k == h) > 1]
+    if not hardware:
+        return
+    figure, axes = plt.subplots(1, 1 + len(hardware), figsize=(3.7 * (1 + len(hardware)), 3.5))
+    for axis, h in zip(axes, hardware):
+        rows = sorted((int(n.split("S ")[1]), r) for (n, k), r in latest.items() if k == h and n.startswith("training, S"))
+        for model in ("transformer", "attamba"):
+            axis.plot([s for s, _ in rows], [r[model] for _, r in rows], "o-", color=COLOURS[model], label={"attamba": "Attamba P 8, L 64"}.get(model, model))
+        axis.set(xscale="log", yscale="log", xlabel="context", title=f"training, thousand tokens/s\n{h}")
+        low, high = (v / 1000 for v in axis.get_ylim())
+        ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if low <= t <= high]
+        axis.set_yticks([1000 * t for t in ticks], [str(t) for t in ticks])
+        contexts(axis, [s for s, _ in rows])
+        axis.legend(fontsize=8.5)
+    for h, style in zip(hardware, ("o-", "s--", "^:")):
+        rows = sorted((int(n.split("S ")[1]), r["ratio"]) for (n, k), r in latest.items() if k == h and n.startswith("attention alone"))
+        axes[-1].plot(*zip(*rows), style, color=COLOURS["attamba"], label=h)
+    axes[-1].axhline(1, color=COLOURS["transformer"], linewidth=1)
+    axes[-1].set(xscale="log", xlabel="context", title="attention alone, forward and backward\ntimes faster than full attention")
+    contexts(axes[-1], sorted({s for line in axes[-1].get_lines()[:-1] for s in line.get_xdata()}))
+    axes[-1].legend(fontsize=8.5)
+    save(figure, "speed_context")
+
+
+def contexts(axis, lengths):
+    axis.set_xticks(lengths, [f"{s // 1024}k" if s >= 1024 else str(s) for s in lengths], fontsize=8)
+    axis.minorticks_off()
+
+
+def recall():
+    """Accuracy by distance for each chunk size, one panel a task."""
+    rows = read("recall")
+    tasks = [t for t in ("recall", "copy") if any(r["task"] == t for r in rows)]
+    if not tasks:
+        return
+    figure, axes = plt.subplots(1, len(tasks), figsize=(3.9 * len(tasks), 3.5), sharey=True, squeeze=False)
+    order = ["transformer", "1", "4", "8", "16", "window"]
+    shades = dict(zip(order, (COLOURS["transformer"], "#f5a3a8", "#e8606a", "#cf222e", "#82071e", COLOURS["window"])))
+    for axis, task in zip(axes[0], tasks):
+        L = min(r["L"] for r in rows if r["L"] is not None)
+        for row in sorted((r for r in rows if r["task"] == task and r["L"] in (L, None)), key=lambda r: order.index(r["model"])):
+            points = [(b, a) for b, a in zip(row["buckets"], row["accuracy"]) if a is not None]
+            label = {"window": f"window of {L} only", "transformer": "transformer"}.get(row["model"], f"P {row['model']}, L {L}")
+            axis.plot(*zip(*points), "o-", markersize=4, color=shades[row["model"]], label=label)
+        axis.set(xscale="log", xlabel="distance of the answer, tokens up to", title={"recall": "associative recall", "copy": "copying"}[task], ylim=(-0.03, 1.03))
+        contexts(axis, rows[0]["buckets"])
+    axes[0, 0].set_ylabel("share of right answers")
+    axes[0, -1].legend(fontsize=8, loc="lower left")
+    save(figure, "recall")
+
+
+def mask():
+    """What each query sees of each key in two layers, from attamba.py's own functions."""
+    config = AttambaConfig(vocab_size=1, dim=16, n_layers=2, n_heads=2, chunk_size=4, leading_tokens=2)
+    S, L = 16, config.leading_tokens
+    figure, axes = plt.subplots(1, 2, figsize=(7.4, 4.1))
+    for layer, axis in enumerate(axes):
+        ends = chunk_ends(config, torch.arange(S), layer)
+        seen = attention_mask(ends[None], L)[0]
+        near = torch.arange(S)[:, None] - torch.arange(S)[None] <= L
+        past = torch.ones(S, S).tril().bool()
+        for cells, colour in ((seen & near, COLOURS["window"]), (seen & ~near, COLOURS["attamba"]), (past & ~seen, "#e6eaee")):
+            squares = [Path2D([(s, t), (s + .9, t), (s + .9, t + .9), (s, t + .9), (s, t)]) for t, s in cells.nonzero().tolist()]
+            axis.add_patch(PathPatch(Path2D.make_compound_path(*squares), facecolor=colour, linewidth=0))     # one shape a colour: a small file
+        for s in ends.nonzero().flatten().tolist():
+            axis.plot([s + 1, s + 1], [s + 1, S], color=INK, linewidth=.6, alpha=.5)                 # where a chunk ends
+        axis.set(xlim=(0, S), ylim=(S, 0), aspect="equal", xlabel="key", title=f"layer {layer}")
+        axis.grid(False)
+        ticks = [t + .5 for t in range(0, S, 4)]
+        axis.set_xticks(ticks, range(0, S, 4)), axis.set_yticks(ticks, range(0, S, 4))
+        for side in axis.spines.values():
+            side.set_visible(False)
+    axes[0].set_ylabel("query")
+    figure.suptitle("blue: the query and its L = 2 predecessors      red: states of finished chunks, P = 4", fontsize=9.5)
+    save(figure, "mask")
+
+
+def main():
+    corpora = {r["corpus"]: r.get("wikitext_perplexity") is not None for r in read("sweep")}       # English ones also have WikiText
+    for S in (1024, 4096):
+        kv_perplexity(lambda r: r["seq_len"] == S and r["group"] != "lr" and not corpora[r["corpus"]],
+                      "kv_perplexity" + ("" if S == 1024 else f"_{S}"), f"Python source, {S} tokens of context")
+    kv_perplexity(lambda r: corpora[r["corpus"]], "kv_perplexity_english", "English, 1024 tokens of context")
+    speed_context(), recall(), mask()
+
+
+if __name__ == "__main__":
+    main()

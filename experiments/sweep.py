@@ -1,0 +1,380 @@
+"""Quality: named configurations, trained by train_tiny.py's own training function, at equal tokens seen.
+
+    python experiments/sweep.py list                     # every row: parameters, KV entries and bytes, done or not
+    python experiments/sweep.py lr claims                # train the rows of these groups that are not done yet
+    python experiments/sweep.py claims --only attamba    # of them, those whose name holds "attamba"
+    python experiments/sweep.py english --data FOLDER    # the folder with english_docs.*.txt.xz, wikitext-2.test.txt
+    python experiments/sweep.py claims --minutes 9       # start no row that would end later
+    python experiments/sweep.py recall                   # the synthetic tasks of recall.py (takes its options)
+    python experiments/sweep.py claims --quick           # tiny shapes, to try the script on a CPU
+
+Groups: lr, claims, claims4096, smooth, english, open. Appends one line a run to experiments/results/sweep.jsonl
+and skips what is there; a run that was stopped goes on from its checkpoint when the same command is given again.
+Corpora (Python source of this machine, English) are made on first use and kept in --work.
+"""
+import argparse
+import bisect
+import dataclasses
+import functools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+import train_tiny  # noqa: E402
+import variants as V  # noqa: E402
+from attamba import Attamba, AttambaConfig  # noqa: E402
+from corpora import VOCAB, corpus  # noqa: E402
+from train_tiny import TrainConfig, UserError  # noqa: E402
+
+SHAPE = dict(dim=512, n_layers=8, n_heads=8)
+TOKENS_PER_STEP, STEPS = 65536, 2136   # 140 M tokens
+EVAL_TOKENS = 2 ** 21
+QUICK = dict(shape=dict(dim=64, n_layers=2, n_heads=2), tokens_per_step=512, steps=20, eval_tokens=8192, shrink=8)
+
+
+# ---------------------------------------------------------------------------------------
+# What a model costs
+
+def kv_cost(config, S, variant=None, max_chunks=None):
+    """Entries per layer (mean) and cache.nbytes of one sequence of S tokens: bf16, states in float32."""
+    with torch.device("meta"):                                     # shapes count here, not numbers ...
+        model = (variant(None, config) if variant else Attamba)(config).to(torch.bfloat16)
+    for layer, block in enumerate(model.blocks):
+        block.attention.layer = torch.tensor(layer)                # ... but for where chunks end
+    cache = model.new_cache(1, S, max_chunks)
+    return sum(layer.k.shape[2] for layer in cache.layers) / len(cache.layers), cache.nbytes
+
+
+def parameters(config):
+    with torch.device("meta"):
+        return sum(p.numel() for p in Attamba(config).parameters())
+
+
+def fitted(values, nbytes, bound):
+    """The largest of increasing values whose cache is at most `bound` bytes."""
+    return values[max(0, bisect.bisect_right(values, bound, key=nbytes) - 1)]
+
+
+# ---------------------------------------------------------------------------------------
+# The rows
+
+@dataclass
+class Row:
+    group: str
+    name: str
+    model: dict                                    # changes of AttambaConfig
+    seq_len: int = 1024
+    corpus: str = "python"
+    seeds: tuple = (0,)
+    lr: float = 0.0                                # 0: that of the family
+    part: float = 1.0                              # of the usual tokens
+    variant: object = None                         # see variants.py
+    patch: object = None
+    chunk_mean: object = None                      # mean chunk length, where the text decides it: a function of the corpus
+    transfer: bool = False                         # also evaluate the weights at other P and L
+
+
+def rows(shape, shrink=1):
+    """Every row, by group, the most important first. shrink: divide lengths, for --quick."""
+    def config(**changes):
+        return AttambaConfig(vocab_size=VOCAB, **{**shape, **changes})
+
+    @functools.cache
+    def size_of(S, changes, variant):
+        return kv_cost(config(**dict(changes)), S, variant)[1]
+
+    def size(S, changes, variant=None):
+        return size_of(S, tuple(sorted(changes.items())), variant)
+
+    transformer = dict(kv="linear", chunk_size=None, leading_tokens=None)
+    window = lambda L: dict(kv="linear", chunk_size=None, leading_tokens=L)
+    attamba = lambda P, L, **more: dict(chunk_size=P, leading_tokens=L, **more)
+
+    def equal_window(like, S):
+        """The sliding window whose cache is that of `like`, or less than one entry smaller."""
+        return window(fitted(range(S), lambda L: size(S, window(L)), size(S, like)))
+
+    def equal_leading(like, S, **changes):
+        """The same for any model: as many leading tokens as fit."""
+        return dict(changes, leading_tokens=fitted(range(S), lambda L: size(S, dict(changes, leading_tokens=L)), size(S, like)))
+
+    def equal_layers(like, S, sizes):
+        """The same for layers of different chunks: sizes(L) -> (P, L) of each layer."""
+        return V.layers(sizes(fitted(range(S), lambda L: size(S, like, V.layers(sizes(L))), size(S, like))))
+
+    def narrowed(like, S, heads):
+        """A transformer with `heads` key heads, as thick as fits (an even number of channels, to the nearest)."""
+        thick = lambda d: dict(transformer, n_kv_heads=heads, head_dim=d)
+        target, evens = size(S, like), range(2, 1 + 2 * shape["dim"] // shape["n_heads"], 2)
+        d = fitted(evens, lambda d: size(S, thick(d)), target)
+        return thick(min((d, d + 2), key=lambda d: abs(size(S, thick(d)) - target)))
+
+    def equal_parameters(like):
+        hidden = range(16, 16 * shape["dim"], 16)
+        return dict(transformer, hidden_dim=fitted(hidden, lambda h: parameters(config(**transformer, hidden_dim=h)), parameters(config(**like))))
+
+    n, table = shape["n_layers"], []
+    s1, s4 = 1024 // shrink, 4096 // shrink
+    main = attamba(8, 64 // shrink)
+    l8, l64, l128 = 8 // min(shrink, 4), 64 // shrink, 128 // shrink
+
+    def add(group, name, model, **more):
+        table.append(Row(group, name, model, **{"seq_len": s1, **more}))
+
+    for lr in (2e-3, 1e-3, 4e-3):
+        add("lr", f"lr {lr:g} transformer", transformer, lr=lr, part=0.25)
+        add("lr", f"lr {lr:g} window=p8-l64", equal_window(main, s1), lr=lr, part=0.25)
+        add("lr", f"lr {lr:g} attamba-p8-l64", main, lr=lr, part=0.25)
+
+    two = dict(seeds=(0, 1))
+    add("claims", "transformer", transformer, **two)
+    add("claims", "attamba-p8-l64", main, transfer=True, **two)
+    add("claims", "window=p8-l64", equal_window(main, s1), **two)
+    add("claims", "attamba-p8-l8", attamba(8, l8))
+    add("claims", "window=p8-l8", equal_window(attamba(8, l8), s1))
+    add("claims", "attamba-p8-l8-released-mixing", attamba(8, l8), variant=V.make_general, patch=V.released_mixing)
+    add("claims", "pseudo-chunk-p8", attamba(8, None))
+    add("claims", "transformer-parameters=p8", equal_parameters(main))
+    add("claims", "strided-p8-l64", attamba(8, l64, kv="linear"))
+    add("claims", "attamba-p4-l64", attamba(4, l64))
+    add("claims", "window=p4-l64", equal_window(attamba(4, l64), s1))
+    add("claims", "attamba-p16-l64", attamba(16, l64))
+    add("claims", "window=p16-l64", equal_window(attamba(16, l64), s1))
+    add("claims", "gqa=p8-l64", narrowed(main, s1, max(1, shape["n_heads"] // 4)))
+    add("claims", "thin-heads=p8-l64", narrowed(main, s1, shape["n_heads"]))
+    add("claims", "attamba-p8-l64-uniform", attamba(8, l64, chunking="uniform"))
+    add("claims", "attamba-p8-l64-random", attamba(8, l64, chunking="random"))
+    add("claims", "attamba-p8-l64-keep-wk-wv", attamba(8, l64, kv="linear+ssm"))
+    add("claims", "attamba-p8-l64-state128", attamba(8, l64, ssm_state=128))
+    add("claims", "attamba-p4-l8", attamba(4, l8))
+    add("claims", "attamba-p16-l8", attamba(16, l8))
+    add("claims", "attamba-p8-l128", attamba(8, l128))
+    add("claims", "attamba-p64-l64", attamba(64, l64))
+    add("claims", "attamba-p8-l64-released-mixing", attamba(8, l64), variant=V.make_general, patch=V.released_mixing)
+    add("claims", "attamba-p8-l8-uniform", attamba(8, l8, chunking="uniform"))
+
+    for name, model in (("transformer", transformer), ("attamba-p8-l64", main), ("window=p8-l64", equal_window(main, s4)),
+                        ("attamba-p16-l128", attamba(16, l128)), ("window=p16-l128", equal_window(attamba(16, l128), s4)),
+                        ("strided-p8-l64", attamba(8, l64, kv="linear")), ("attamba-p16-l64", attamba(16, l64))):
+        add("claims4096", name, model, seq_len=s4)
+
+    # A line of Python is a chunk of some 10 tokens, a word one of 2 or 3: each against cuts by counting.
+    add("smooth", "attamba-random-p-l64", main, variant=lambda c, config: V.RandomP, transfer=True)
+    for name, lines in (("lines", True), ("words", False)):
+        mean = functools.partial(V.mean_chunk, newlines_only=lines)
+        add("smooth", f"attamba-{name}-l64", main, variant=V.at_whitespace(lines), chunk_mean=mean)
+        add("smooth", f"attamba-mean-of-{name}-l64", main, variant=V.at_whitespace(lines, uniform=True), chunk_mean=mean)
+
+    for name, model in (("transformer", transformer), ("attamba-p8-l64", main), ("window=p8-l64", equal_window(main, s1)),
+                        ("attamba-p4-l64", attamba(4, l64)), ("window=p4-l64", equal_window(attamba(4, l64), s1)),
+                        ("gqa=p8-l64", narrowed(main, s1, max(1, shape["n_heads"] // 4))), ("attamba-p8-l8", attamba(8, l8))):
+        add("english", name, model, corpus="english", seeds=(0, 1) if model in (main, equal_window(main, s1)) else (0,))
+
+    # The open problem: one idea at a time against attamba-p8-l64, with its cache unless the name says otherwise.
+    thin = dict(kv="linear+ssm", chunk_size=8)
+    mixed = lambda *chunks: dict(variant=equal_layers(main, s1, lambda L: [(chunks[i * len(chunks) // n if len(chunks) < n else i], L) for i in range(n)]))
+    for name, model, more in (
+            ("no-reset", main, dict(variant=V.make_general, patch=V.no_reset)),
+            ("phase-per-head", attamba(8, l64, chunking="uniform"), dict(variant=V.make_general, patch=V.phase_per_head)),
+            ("qk-norm", main, dict(variant=V.changed(V.qk_norm))),
+            ("ssm-norm", main, dict(variant=V.changed(V.ssm_norm))),
+            ("memory-8", main, dict(variant=V.changed(V.memory(0.03, 0.5)))),
+            ("memory-100", main, dict(variant=V.changed(V.memory(0.001, 0.05)))),
+            ("sink", main, dict(variant=V.changed(V.sink))),
+            ("inner-dim", equal_leading(main, s1, chunk_size=8, ssm_inner=shape["dim"]), {}),
+            ("inner-quarter", equal_leading(main, s1, chunk_size=8, ssm_inner=shape["dim"] // 4), {}),
+            ("state16", equal_leading(main, s1, chunk_size=8, ssm_state=16), {}),
+            ("state64", equal_leading(main, s1, chunk_size=8, ssm_state=64), {}),
+            ("keep-wk-wv", equal_leading(main, s1, **thin), {}),
+            ("keep-small-wk-wv", equal_leading(main, s1, **thin, n_kv_heads=shape["n_heads"] // 2), {}),
+            ("fewer-kv-heads", equal_leading(main, s1, chunk_size=8, n_kv_heads=shape["n_heads"] // 2), {}),
+            ("p16-wider-window", equal_leading(main, s1, chunk_size=16), {}),
+            ("p32-wider-window", equal_leading(main, s1, chunk_size=32), {}),
+            ("every-other-layer-window-only", main, mixed(*[8, None] * (n // 2))),
+            ("every-other-layer-p4-window-only", main, mixed(*[4, None] * (n // 2))),
+            ("lower-half-window-only", main, mixed(None, 4)),
+            ("p4-below-p16-above", main, mixed(4, 16)),
+            ("p16-below-p4-above", main, mixed(16, 4))):
+        add("open", name, model, **more)
+    return table
+
+
+def family(row):
+    return "attamba" if "kv" not in row.model or "ssm" in row.model["kv"] else "window" if row.model.get("leading_tokens") is not None else "transformer"
+
+
+def learning_rates(results):
+    """Of each family, the best of its three rates in the group lr (by held-out loss); 2e-3 until all three are known."""
+    best = {}
+    for name in ("transformer", "window", "attamba"):
+        seen = {r["config"]["lr"]: r["loss"] or float("inf") for r in results if r["group"] == "lr" and r["config"]["family"] == name}
+        best[name] = min(seen, key=seen.get) if len(seen) == 3 else 2e-3
+    return best
+
+
+# ---------------------------------------------------------------------------------------
+# Running one row
+
+def transferred(model, config, options, text, device):
+    """The same weights at other P, L and chunkings."""
+    settings = [(P, config.leading_tokens, config.chunking) for P in (1, 2, 4, 8, 16, 32, 64, 128)]
+    settings += [(config.chunk_size, L, config.chunking) for L in (0, 8, 16, 32, 128, 256, None)]
+    settings += [(config.chunk_size, config.leading_tokens, rule) for rule in ("uniform", "random")]
+    out = []
+    for P, L, rule in settings:
+        other = Attamba(dataclasses.replace(config, chunk_size=P, leading_tokens=L, chunking=rule)).to(device)
+        other.load_state_dict(model.state_dict())
+        loss, _ = train_tiny.evaluate(other, text.valid, text.tokenizer.byte_lengths, options, device)
+        out.append(dict(P=P, L=L, chunking=rule, perplexity=float(np.exp(loss))))
+    return out
+
+
+def run(row, seed, text, options, keep, lr, commit):
+    """Train and score one row; returns its line. Goes on from a checkpoint of exactly the same run."""
+    torch._dynamo.reset()
+    config = AttambaConfig(vocab_size=VOCAB, **row.model)
+    make = row.variant(text, config) if row.variant else Attamba
+    out = Path(options.out)
+    try:
+        saved = json.loads((out / "config.json").read_text())
+        now = dict(model=dataclasses.asdict(config), train=dataclasses.asdict(options), corpus=text.fingerprint)
+        resume = saved == json.loads(json.dumps(now)) and (out / "checkpoint.pt").exists()
+    except (OSError, ValueError):
+        resume = False
+    max_chunks = None
+    if row.chunk_mean:                                             # on average; config.leading_tokens + 1 need no entry
+        max_chunks = int(np.ceil((row.seq_len - config.leading_tokens - 1) / row.chunk_mean(text)))
+    entries, nbytes = kv_cost(config, row.seq_len, row.variant if not row.chunk_mean else None, max_chunks)
+    device = torch.device(options.device)
+    line = dict(name=row.name, config={**dataclasses.asdict(config), "lr": options.lr, "batch_size": options.batch_size, "family": family(row)},
+                corpus=text.fingerprint, tokens=options.steps * options.batch_size * options.seq_len, seq_len=options.seq_len, seed=seed,
+                params=None, loss=None, perplexity=None, bits_per_byte=None, kv_entries=entries, kv_bytes=nbytes, tokens_per_second=None,
+                device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu", commit=commit, group=row.group)
+    if hasattr(row.variant, "sizes"):
+        line["config"]["layers"] = row.variant.sizes               # (P, L) of each, in place of the config's
+    with V.patched(row.patch, config), mock.patch.object(train_tiny, "Attamba", make):
+        try:
+            model, result = train_tiny.train(config, options, text, resume, quiet=not sys.stdout.isatty())
+        except UserError as error:
+            if "the loss is" not in str(error):
+                raise
+            print(f"{row.name}: {error}", flush=True)                                      # diverged: a result, too
+            return line
+        # Once each, so not worth compiling.
+        with torch.compiler.set_stance("force_eager"):
+            extra = {}
+            if row.transfer:
+                extra["transfer"] = transferred(model, config, options, text, device)
+            if text.wikitext is not None:
+                loss, bits = train_tiny.evaluate(model, text.wikitext, text.tokenizer.byte_lengths, options, device)
+                extra.update(wikitext_perplexity=float(np.exp(loss)), wikitext_bits_per_byte=bits)
+    speeds = [json.loads(l).get("tokens_per_second", 0) for l in open(out / "log.jsonl")]
+    result["tokens_per_second"] = result["tokens_per_second"] or next((s for s in reversed(speeds) if s), 0.0)
+    if not keep:
+        shutil.rmtree(out)
+    return {**line, **{k: result[k] for k in ("params", "loss", "perplexity", "bits_per_byte", "tokens_per_second")}, **extra}
+
+
+def key(line):
+    return tuple(line[k] for k in ("name", "corpus", "tokens", "seed", "seq_len"))
+
+
+def main():
+    if sys.argv[1:2] == ["recall"]:
+        import recall
+        return recall.main(sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="+", help="list, lr, claims, claims4096, smooth, english, open, recall")
+    parser.add_argument("--only", default="", help="comma-separated parts of names")
+    parser.add_argument("--data", default=str(ROOT.parent / "shared/data"), help="folder of the English texts")
+    parser.add_argument("--work", type=Path, default=ROOT / ".data", help="corpora and checkpoints")
+    parser.add_argument("--results", type=Path, help="default: experiments/results/sweep.jsonl (--quick: in --work)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no row that would end later")
+    parser.add_argument("--steps", type=int, help="in place of 2136")
+    parser.add_argument("--commit", help="default: asks git")
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes")
+    a = parser.parse_args()
+    begin, quick = time.time(), QUICK if a.quick else dict(shape=SHAPE, tokens_per_step=TOKENS_PER_STEP, steps=STEPS, eval_tokens=EVAL_TOKENS, shrink=1)
+    commit = a.commit or subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    a.results = a.results or (a.work / "quick.jsonl" if a.quick else ROOT / "experiments/results/sweep.jsonl")
+    a.results.parent.mkdir(parents=True, exist_ok=True)
+    results = [json.loads(l) for l in open(a.results)] if a.results.exists() else []
+    table = rows(quick["shape"], quick["shrink"])
+    wanted = [r for r in table if any(part in r.name for part in a.only.split(","))]
+    if a.groups != ["list"]:
+        unknown = set(a.groups) - {r.group for r in table}
+        if unknown:
+            raise UserError(f"unknown group {', '.join(unknown)}")
+        wanted = [r for g in a.groups for r in wanted if r.group == g]
+    else:
+        return show(wanted, results, quick)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch._dynamo.config.recompile_limit = 64                      # RandomP has a graph for each P
+    failed, pace = 0, 0.0                                          # seconds per token of the last row
+    for row, seed in [(r, s) for s in (0, 1) for r in wanted if s in r.seeds]:
+        text = corpus(row.corpus, a.work, a.data)
+        row.model = {**quick["shape"], **row.model}
+        rows_a_step = max(1, quick["tokens_per_step"] // row.seq_len)
+        steps = max(1, round((a.steps or quick["steps"]) * row.part))
+        scored = rows_a_step * row.seq_len                         # whole batches only: another shape would compile again
+        options = TrainConfig(device=device, steps=steps, batch_size=rows_a_step, seq_len=row.seq_len, warmup=min(100, steps // 10), seed=seed,
+                              lr=row.lr or learning_rates(results)[family(row)], save_every=400,
+                              eval_tokens=max(1, min(quick["eval_tokens"], len(text.valid) - 1) // scored) * scored)
+        tokens = steps * scored
+        ident = (row.name, text.fingerprint, tokens, seed, row.seq_len)
+        if ident in map(key, results):
+            continue
+        options.out = str(a.work / "runs" / re.sub(r"[^\w=.-]", "_", "-".join(map(str, ident))))
+        if time.time() - begin + pace * tokens > a.minutes * 60:
+            print(f"{row.name} would end after {a.minutes:g} minutes: not started")
+            break
+        start = time.time()
+        try:
+            line = run(row, seed, text, options, a.keep, options.lr, commit)
+        except KeyboardInterrupt:
+            print("\nstopped and saved; the same command goes on from here")
+            raise SystemExit(130)
+        except Exception:                                          # one bad row must not cost the others
+            traceback.print_exc()
+            failed += 1
+            continue
+        pace = (time.time() - start) / tokens
+        results.append(line)
+        with open(a.results, "a") as f:
+            f.write(json.dumps(line) + "\n")
+        if line["loss"]:
+            print(f"{row.name}, S {row.seq_len}, seed {seed}: perplexity {line['perplexity']:.3f}, {line['bits_per_byte']:.4f} bits per byte, "
+                  f"{line['kv_entries']:g} entries, {line['kv_bytes']:,} bytes, {line['tokens_per_second']:,.0f} tokens/s, {time.time() - start:.0f} s", flush=True)
+    raise SystemExit(1 if failed else 0)
+
+
+def show(wanted, results, quick):
+    rates = learning_rates(results)
+    print(f"{'group':<11}{'name':<34}{'S':>6}{'parameters':>12}{'entries':>9}{'KV bytes':>12}   seeds done, perplexity     lr")
+    for row in wanted:
+        config = AttambaConfig(vocab_size=VOCAB, **{**quick["shape"], **row.model})
+        entries, nbytes = (float("nan"), 0) if row.chunk_mean else kv_cost(config, row.seq_len, row.variant)
+        done = [f"{r['seed']}: {r['perplexity'] or float('nan'):.3f}" for r in results if (r["name"], r["seq_len"], r["group"]) == (row.name, row.seq_len, row.group)]
+        print(f"{row.group:<11}{row.name:<34}{row.seq_len:>6}{parameters(config):>12,}{entries:>9.1f}{nbytes:>12,}   "
+              f"{', '.join(done) or '-':<26}{row.lr or rates[family(row)]:g}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as e:
+        print(f"sweep.py: {e}", file=sys.stderr)
+        raise SystemExit(2)
