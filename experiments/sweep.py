@@ -54,7 +54,7 @@ def kv_cost(config, S, variant=None, max_chunks=None):
     for layer, block in enumerate(model.blocks):
         block.attention.layer = torch.tensor(layer)                # ... but for where chunks end
     cache = model.new_cache(1, S, max_chunks)
-    return sum(layer.k.shape[2] for layer in cache.layers) / len(cache.layers), cache.nbytes
+    return sum(layer.kv.shape[3] for layer in cache.layers) / len(cache.layers), cache.nbytes
 
 
 def parameters(config):
@@ -247,12 +247,12 @@ def run(row, seed, text, options, keep, lr, commit):
     config = AttambaConfig(vocab_size=VOCAB, **row.model)
     make = row.variant(text, config) if row.variant else Attamba
     out = Path(options.out)
+    now = dict(config=dataclasses.asdict(config), train=dataclasses.asdict(options), corpus=text.fingerprint)
     try:
-        saved = json.loads((out / "config.json").read_text())
-        now = dict(model=dataclasses.asdict(config), train=dataclasses.asdict(options), corpus=text.fingerprint)
-        resume = saved == json.loads(json.dumps(now)) and (out / "checkpoint.pt").exists()
-    except (OSError, ValueError):
-        resume = False
+        resume = train_tiny.load(options.out)
+        resume = resume if all(resume[k] == v for k, v in now.items()) else None
+    except UserError:
+        resume = None
     max_chunks = None
     if row.chunk_mean:                                             # on average; config.leading_tokens + 1 need no entry
         max_chunks = int(np.ceil((row.seq_len - config.leading_tokens - 1) / row.chunk_mean(text)))

@@ -25,9 +25,8 @@ def set_chunks(model, layer, chunk_size, leading_tokens):
     """Give one layer another P and L; weights do not depend on them."""
     attention = model.blocks[layer].attention
     attention.config = dataclasses.replace(attention.config, chunk_size=chunk_size, leading_tokens=leading_tokens)
-    attention.first = None
-    if chunk_size is not None:
-        attention.first = torch.tensor(chunk_size - 1 - attamba._phase(attention.config, layer), device="cpu")
+    first = attamba.NEVER if chunk_size is None else chunk_size - 1 - attamba._phase(attention.config, layer)
+    attention.first = torch.tensor(first, device="cpu")
 
 
 def layers(sizes):
