@@ -5,7 +5,7 @@
 
 recall  n pairs (key, value), then every key once more in random order: say its value (multi-query
         associative recall). Keys and values are other tokens in every sequence.
-copy    n random tokens, a separator, then the same tokens again.
+copy    n random tokens, all different, a separator, then the same tokens again.
 
 Only the answers count for the loss. The distance of an answer is how many tokens back the token that
 holds it lies; n varies, so distances do. Sizes: 1 is full attention, "window" sees only the window, and
@@ -44,14 +44,16 @@ def recall(n, rows, generator):
 
 def copy(n, rows, generator):
     """n tokens, a separator, the same n tokens -> tokens and distances, 0 where nothing is asked."""
-    text = torch.randint(2 * SYMBOLS, (rows, n), generator=generator)
+    text = torch.rand(rows, 2 * SYMBOLS, generator=generator).argsort(1)[:, :n]           # all different: what follows is clear
     tokens = torch.cat([text, torch.full((rows, 1), 2 * SYMBOLS), text], 1)
     distance = torch.zeros_like(tokens)
     distance[:, n + 1:] = n                                # the asking token is the answer's predecessor
     return tokens, distance
 
 
-TASKS = {"recall": (recall, PAIRS), "copy": (copy, LENGTH)}
+# How it is made, largest n, largest n at first: pairs are learned sooner from short sequences, while short
+# copies teach to count back n tokens, which is of no use at other lengths.
+TASKS = {"recall": (recall, PAIRS, 4), "copy": (copy, LENGTH, LENGTH)}
 
 
 def draw(task, n, generator, rows, device):
@@ -68,7 +70,8 @@ def train(task, config, options, device):
     for step in range(options.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(options, step)
-        most = min(TASKS[task][1], 4 + TASKS[task][1] * 4 * step // (3 * options.steps))       # short ones first: learned sooner
+        _, most, first = TASKS[task]
+        most = min(most, first + most * 4 * step // (3 * options.steps))
         n = int(torch.randint(max(2, most // 8), most + 1, (), generator=generator))
         x, y, _ = draw(task, n, generator, options.batch_size, device)
         loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
