@@ -132,7 +132,7 @@ def recall():
         L = min(r["L"] for r in rows if r["L"] is not None)
         for row in sorted((r for r in rows if r["task"] == task and r["L"] in (L, None)), key=lambda r: order.index(r["model"])):
             points = [(b, a) for b, a in zip(row["buckets"], row["accuracy"]) if a is not None]
-            label = {"window": f"window of {L} only", "transformer": "transformer"}.get(row["model"], f"P {row['model']}, L {L}")
+            label = {"window": f"window of {L} only", "transformer": "transformer", "1": "P 1 (sees all)"}.get(row["model"], f"P {row['model']}, L {L}")
             axis.plot(*zip(*points), "o-", markersize=4, color=shades[row["model"]], label=label)
         axis.set(xscale="log", xlabel="distance of the answer, tokens up to", title={"recall": "associative recall", "copy": "copying"}[task], ylim=(-0.03, 1.03))
         contexts(axis, rows[0]["buckets"])

@@ -5,7 +5,7 @@
 
 recall  n pairs (key, value), then every key once more in random order: say its value (multi-query
         associative recall). Keys and values are other tokens in every sequence.
-copy    n random tokens, a separator, then the same tokens again.
+copy    n random tokens, all different, a separator, then the same tokens again.
 
 Only the answers count for the loss. The distance of an answer is how many tokens back the token that
 holds it lies; n varies, so distances do. Sizes: 1 is full attention, "window" sees only the window, and
@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 from attamba import Attamba, AttambaConfig  # noqa: E402
 from train_tiny import learning_rate, make_optimizer  # noqa: E402
+from variants import general_path  # noqa: E402
 
 SYMBOLS = 32                        # keys, and as many values; one more token separates
 PAIRS, LENGTH = 32, 64              # largest n of the two tasks: at most 128 tokens
@@ -44,14 +45,16 @@ def recall(n, rows, generator):
 
 def copy(n, rows, generator):
     """n tokens, a separator, the same n tokens -> tokens and distances, 0 where nothing is asked."""
-    text = torch.randint(2 * SYMBOLS, (rows, n), generator=generator)
+    text = torch.rand(rows, 2 * SYMBOLS, generator=generator).argsort(1)[:, :n]           # all different: what follows is clear
     tokens = torch.cat([text, torch.full((rows, 1), 2 * SYMBOLS), text], 1)
     distance = torch.zeros_like(tokens)
     distance[:, n + 1:] = n                                # the asking token is the answer's predecessor
     return tokens, distance
 
 
-TASKS = {"recall": (recall, PAIRS), "copy": (copy, LENGTH)}
+# How it is made, largest n, largest n at first: pairs are learned sooner from short sequences, while short
+# copies teach to count back n tokens, which is of no use at other lengths.
+TASKS = {"recall": (recall, PAIRS, 4), "copy": (copy, LENGTH, LENGTH)}
 
 
 def draw(task, n, generator, rows, device):
@@ -64,11 +67,14 @@ def draw(task, n, generator, rows, device):
 def train(task, config, options, device):
     torch.manual_seed(options.seed)
     model = Attamba(config).to(device)
+    if config.chunk_size == 1:      # one token a chunk: the general path, as the usual one keeps a state for each chunk
+        general_path(model)
     optimizer, generator = make_optimizer(model, options), torch.Generator().manual_seed(options.seed)
     for step in range(options.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(options, step)
-        most = min(TASKS[task][1], 4 + TASKS[task][1] * 4 * step // (3 * options.steps))       # short ones first: learned sooner
+        _, most, first = TASKS[task]
+        most = min(most, first + most * 4 * step // (3 * options.steps))
         n = int(torch.randint(max(2, most // 8), most + 1, (), generator=generator))
         x, y, _ = draw(task, n, generator, options.batch_size, device)
         loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
@@ -124,6 +130,8 @@ def main(arguments=None):
                     config = AttambaConfig(**shape, chunk_size=None if size == "window" else int(size), leading_tokens=L)
                     if size == "window":
                         config.kv = "linear"
+                    elif size == "1":
+                        config.leading_tokens = None               # all are seen anyway
                 row = dict(task=task, model=size, P=config.chunk_size, L=config.leading_tokens, kv=config.kv,
                            steps=options.steps, seed=options.seed, dim=options.dim)
                 if any(row.items() <= r.items() for r in done):
