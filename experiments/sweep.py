@@ -2,7 +2,7 @@
 
     python experiments/sweep.py list                     # every row: parameters, KV entries and bytes, done or not
     python experiments/sweep.py lr claims                # train the rows of these groups that are not done yet
-    python experiments/sweep.py claims --only attamba    # of them, those whose name holds "attamba"
+    python experiments/sweep.py claims --only 'attamba*' # of them, those with such names
     python experiments/sweep.py english --data FOLDER    # the folder with english_docs.*.txt.xz, wikitext-2.test.txt
     python experiments/sweep.py claims --minutes 9       # start no row that would end later
     python experiments/sweep.py recall                   # the synthetic tasks of recall.py (takes its options)
@@ -15,6 +15,7 @@ Corpora (Python source of this machine, English) are made on first use and kept 
 import argparse
 import bisect
 import dataclasses
+import fnmatch
 import functools
 import json
 import re
@@ -110,9 +111,9 @@ def rows(shape, shrink=1):
         """The same for any model: as many leading tokens as fit."""
         return dict(changes, leading_tokens=fitted(range(S), lambda L: size(S, dict(changes, leading_tokens=L)), size(S, like)))
 
-    def equal_layers(like, S, sizes):
+    def equal_layers(like, S, sizes, **changes):
         """The same for layers of different chunks: sizes(L) -> (P, L) of each layer."""
-        return V.layers(sizes(fitted(range(S), lambda L: size(S, like, V.layers(sizes(L))), size(S, like))))
+        return V.layers(sizes(fitted(range(S), lambda L: size(S, dict(like, **changes), V.layers(sizes(L))), size(S, like))))
 
     def narrowed(like, S, heads):
         """A transformer with `heads` key heads, as thick as fits (an even number of channels, to the nearest)."""
@@ -185,6 +186,17 @@ def rows(shape, shrink=1):
     # The open problem: one idea at a time against attamba-p8-l64, with its cache unless the name says otherwise.
     thin = dict(kv="linear+ssm", chunk_size=8)
     mixed = lambda *chunks: dict(variant=equal_layers(main, s1, lambda L: [(chunks[i * len(chunks) // n if len(chunks) < n else i], L) for i in range(n)]))
+    whole = lambda L, P=8: [(P, None) if i == n // 2 else (None, L) for i in range(n)]      # one layer keeps every token
+
+    def layered(name, sizes, **changes):
+        add("open", name, dict(main, **changes), variant=equal_layers(main, s1, sizes, **changes))
+
+    layered("one-full-layer-rest-window", lambda L: whole(L, None), kv="linear")
+    for kv, note in (("linear+ssm", "-keep"), ("ssm", "")):
+        layered("one-full-layer-rest-window-ssm" + note, whole, kv=kv)
+        layered("two-layers-p2-rest-window-ssm" + note, lambda L: [(2, L) if i % 4 == 3 else (None, L) for i in range(n)], kv=kv)
+        layered("every-other-layer-p4-window-ssm" + note, lambda L: [(4 if i % 2 else None, L) for i in range(n)], kv=kv)
+        layered("window-ssm" + note, lambda L: [(None, L)] * n, kv=kv)
     for name, model, more in (
             ("no-reset", main, dict(variant=V.make_general, patch=V.no_reset)),
             ("phase-per-head", attamba(8, l64, chunking="uniform"), dict(variant=V.make_general, patch=V.phase_per_head)),
@@ -203,7 +215,6 @@ def rows(shape, shrink=1):
             ("p16-wider-window", equal_leading(main, s1, chunk_size=16), {}),
             ("p32-wider-window", equal_leading(main, s1, chunk_size=32), {}),
             ("every-other-layer-window-only", main, mixed(*[8, None] * (n // 2))),
-            ("every-other-layer-p4-window-only", main, mixed(*[4, None] * (n // 2))),
             ("lower-half-window-only", main, mixed(None, 4)),
             ("p4-below-p16-above", main, mixed(4, 16)),
             ("p16-below-p4-above", main, mixed(16, 4))):
@@ -297,7 +308,8 @@ def main():
         return recall.main(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="+", help="list, lr, claims, claims4096, smooth, english, open, recall")
-    parser.add_argument("--only", default="", help="comma-separated parts of names")
+    parser.add_argument("--only", default="*", help="comma-separated patterns of names")
+    parser.add_argument("--seeds", default="0,1", help="of those that a row has")
     parser.add_argument("--data", default=str(ROOT.parent / "shared/data"), help="folder of the English texts")
     parser.add_argument("--work", type=Path, default=ROOT / ".data", help="corpora and checkpoints")
     parser.add_argument("--results", type=Path, help="default: experiments/results/sweep.jsonl (--quick: in --work)")
@@ -313,7 +325,7 @@ def main():
     a.results.parent.mkdir(parents=True, exist_ok=True)
     results = [json.loads(l) for l in open(a.results)] if a.results.exists() else []
     table = rows(quick["shape"], quick["shrink"])
-    wanted = [r for r in table if any(part in r.name for part in a.only.split(","))]
+    wanted = [r for r in table if any(fnmatch.fnmatchcase(r.name, pattern) for pattern in a.only.split(","))]
     if a.groups != ["list"]:
         unknown = set(a.groups) - {r.group for r in table}
         if unknown:
@@ -324,7 +336,7 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch._dynamo.config.recompile_limit = 64                      # RandomP has a graph for each P
     failed, pace = 0, 0.0                                          # seconds per token of the last row
-    for row, seed in [(r, s) for s in (0, 1) for r in wanted if s in r.seeds]:
+    for row, seed in [(r, s) for s in map(int, a.seeds.split(",")) for r in wanted if s in r.seeds]:
         text = corpus(row.corpus, a.work, a.data)
         row.model = {**quick["shape"], **row.model}
         rows_a_step = max(1, quick["tokens_per_step"] // row.seq_len)
