@@ -26,7 +26,7 @@ Names       paper  meaning
 b l d              batch, length (of this call), width of the model
 chunk_size    P    tokens per chunk (mean)
 leading_tokens L   recent predecessors that a query sees one by one
-boundaries         bool, True where a token is the last one of its chunk
+boundaries, ends   bool, True where a token is the last one of its chunk
 h p n g            SSM heads, channels per head, state size, groups of heads that share B and C
 s                  which of the two SSMs: 0 makes the keys, 1 the values
 
@@ -38,7 +38,7 @@ s                  which of the two SSMs: 0 makes the keys, 1 the values
 """
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable, Iterator, Optional, Union
 
 import torch
@@ -72,6 +72,7 @@ class AttambaConfig:
     "ssm"         None        L                SSMs over the whole sequence, sliding window
     "linear+ssm"  P           L                W_K and W_V kept, SSMs on top [1, ablation]
 
+    chunk_size and leading_tokens may also be tuples with a value for each layer.
     Raises ValueError for a value out of range, naming the field and what is allowed.
     """
     vocab_size: int                            # number of token ids
@@ -82,8 +83,8 @@ class AttambaConfig:
     head_dim: Optional[int] = None             # channels per head; None: dim / n_heads
     hidden_dim: Optional[int] = None           # inner width of the SwiGLU; None: 3 * dim
     kv: str = "ssm"                            # "ssm", "linear" or "linear+ssm": what makes keys and values
-    chunk_size: Optional[int] = 8              # P, tokens per chunk; None: no chunk ever ends
-    leading_tokens: Optional[int] = 64         # L, recent predecessors seen one by one; None: all
+    chunk_size: Union[int, tuple, None] = 8    # P, tokens per chunk; None: no chunk ever ends
+    leading_tokens: Union[int, tuple, None] = 64  # L, recent predecessors seen one by one; None: all
     chunking: Union[str, Callable] = "cyclic"  # "uniform", "cyclic", "random" or rule(tokens, positions, layer)
     chunking_seed: int = 0                     # which chunks "random" makes
     ssm_inner: Optional[int] = None            # channels of each SSM; None: dim / 2
@@ -99,17 +100,22 @@ class AttambaConfig:
             if not ok:
                 raise ValueError(f"{name} must be {allowed}, but it is {getattr(self, name)!r}")
 
-        def check_int(name, least=1, none=False):
+        def check_int(name, least=1, none=False, layers=False):
             value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            check(name, (none and value is None) or (whole and value >= least),
-                  f"an integer of at least {least}" + (" or None" if none else ""))
+            if layers and isinstance(value, (tuple, list)):
+                check(name, len(value) == self.n_layers, f"one value, or one for each of the {self.n_layers} layers")
+                setattr(self, name, values := tuple(value))
+            else:
+                values = (value,)
+            whole = all(isinstance(v, int) and not isinstance(v, bool) and v >= least or none and v is None for v in values)
+            check(name, whole, f"an integer of at least {least}" + (" or None" if none else ""))
 
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "ssm_state", "conv_size"):
             check_int(name)
-        for name in ("n_kv_heads", "head_dim", "hidden_dim", "chunk_size", "ssm_inner", "ssm_heads"):
+        for name in ("n_kv_heads", "head_dim", "hidden_dim", "ssm_inner", "ssm_heads"):
             check_int(name, none=True)
-        check_int("leading_tokens", least=0, none=True)
+        check_int("chunk_size", none=True, layers=True)
+        check_int("leading_tokens", least=0, none=True, layers=True)
         check_int("chunking_seed", least=0)
         check("kv", self.kv in ("ssm", "linear", "linear+ssm"), '"ssm", "linear" or "linear+ssm"')
         check("chunking", self.chunking in ("uniform", "cyclic", "random") or callable(self.chunking),
@@ -131,6 +137,11 @@ class AttambaConfig:
         if "ssm" in self.kv:
             check("ssm_heads", self.ssm_inner % self.ssm_heads == 0, f"a divisor of ssm_inner ({self.ssm_inner})")
 
+    def of_layer(self, layer: int) -> "AttambaConfig":
+        """The same with chunk_size and leading_tokens of that layer."""
+        P, L = (v[layer] if isinstance(v, tuple) else v for v in (self.chunk_size, self.leading_tokens))
+        return replace(self, chunk_size=P, leading_tokens=L, n_layers=self.n_layers)
+
 
 # ---------------------------------------------------------------------------------------
 # What is the model? A pre-norm transformer; only the attention inside is new.
@@ -150,6 +161,9 @@ class Attamba(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
+        if config.chunking in ("uniform", "cyclic"):   # first chunk end and step of each layer, for a step of decoding
+            grid = [(int(block.attention.first), block.attention.config.chunk_size or 2 * NEVER) for block in self.blocks]
+            self.register_buffer("grid", torch.tensor(grid).T[..., None, None], persistent=False)     # (2, layers, 1, 1)
 
     def forward(self, tokens: Tensor, boundaries: Optional[Tensor] = None, cache: Optional["Cache"] = None) -> Tensor:
         """tokens (b, l) int64 -> logits (b, l, vocab_size).
@@ -160,32 +174,27 @@ class Attamba(nn.Module):
         IndexError for ids outside the vocabulary (not checked inside torch.compile).
         """
         self._check(tokens, boundaries, cache)
-        if cache is None:
-            return self._run(tokens, self._boundaries(tokens, boundaries), None)
-        by_rule = boundaries is None
-        if by_rule and tokens.shape[1] == 1 and _graph_fits(self, cache):
+        if cache and boundaries is None and _graph_fits(self, tokens, cache):
             return _replay(self, tokens, cache)
-        boundaries = self._boundaries(tokens, boundaries, cache)
-        for layer, ends in zip(cache.layers, boundaries):  # check every layer before any of them changes
-            layer.check(ends, by_rule)
-        if by_rule and cache.position == 0 and not callable(self.config.chunking):
-            boundaries = [None] * len(boundaries)  # from the start, the layers' fast ways
-        return self._run(tokens, boundaries, cache)
+        ends = self._boundaries(tokens, boundaries, cache)
+        if cache:
+            for block, layer, own in zip(self.blocks, cache.layers, ends):        # all, before any of them changes
+                layer.check(block.attention.boundaries(tokens.shape[1], cache.position, own), boundaries is None)
+        return self._run(tokens, ends, cache)
 
-    def _boundaries(self, tokens: Tensor, boundaries: Optional[Tensor], cache: Optional["Cache"] = None) -> list[Optional[Tensor]]:
-        """Chunk ends (b or 1, l) for each layer; None where the layer itself knows them."""
+    def _boundaries(self, tokens, boundaries, cache) -> list[Optional[Tensor]]:
+        """Chunk ends (b or 1, l) for each layer; None where the layer's own rule says it."""
         layers, rule = range(len(self.blocks)), self.config.chunking
-        if boundaries is not None or (cache is None and not callable(rule)):
+        if cache and boundaries is None and tokens.shape[1] == 1 and rule in ("uniform", "cyclic"):
+            return list((cache.position - self.grid[0]) % self.grid[1] == 0)      # (1, 1) each, in few operations
+        if boundaries is not None or not callable(rule):
             return [boundaries for _ in layers]
         positions = torch.arange(tokens.shape[1], device=tokens.device) + (cache.position if cache else 0)
-        if callable(rule):
-            return [_call_rule(rule, tokens, positions, layer) for layer in layers]
-        ends = chunk_ends(self.config, positions, torch.arange(len(layers), device=tokens.device)[:, None])
-        return list(ends.expand(len(layers), -1)[:, None])                        # (layers, 1, l)
+        return [_call_rule(rule, tokens, positions, layer) for layer in layers]
 
     def _run(self, tokens, boundaries, cache):
-        start = cache.position if cache else 0
-        rope = rope_angles(start, tokens.shape[1], self.config.head_dim, self.config.rope_theta, tokens.device)
+        c, start = self.config, cache.position if cache else 0
+        rope = rope_angles(start, tokens.shape[1], c.head_dim, c.rope_theta, tokens.device)
         x = self.embed(tokens)                                                    # (b, l, d)
         for i, block in enumerate(self.blocks):
             # Compiling a block is for training: with a cache, which Python steers, it runs as it is.
@@ -193,17 +202,20 @@ class Attamba(nn.Module):
         return self.head(self.norm(x))                                            # (b, l, vocab_size)
 
     def _check(self, tokens, boundaries, cache):
+        def got(t):
+            return f"but got {t.dtype} {tuple(t.shape)}"
         if tokens.dtype not in (torch.int64, torch.int32) or tokens.dim() != 2 or tokens.numel() == 0:
-            raise ValueError(f"tokens must be int64 of shape (batch, length), not empty, but got {tokens.dtype} {tuple(tokens.shape)}")
+            raise ValueError(f"tokens must be int64 of shape (batch, length), not empty, {got(tokens)}")
         if boundaries is not None and (boundaries.dtype != torch.bool or boundaries.shape != tokens.shape):
-            raise ValueError(f"boundaries must be bool of shape {tuple(tokens.shape)}, but got {boundaries.dtype} {tuple(boundaries.shape)}")
+            raise ValueError(f"boundaries must be bool of shape {tuple(tokens.shape)}, {got(boundaries)}")
         if cache is not None and (cache.batch_size != len(tokens) or cache.config != self.config):
             raise ValueError(f"this cache was made for batch size {cache.batch_size} and {cache.config}, "
                              f"but it is used with batch size {len(tokens)} and {self.config}")
         if not torch.compiler.is_compiling():
             low, high = torch.stack(tokens.aminmax()).tolist()
             if low < 0 or high >= self.config.vocab_size:
-                raise IndexError(f"token ids must lie in 0 ... {self.config.vocab_size - 1}, but they range from {low} to {high}")
+                raise IndexError(f"token ids must lie in 0 ... {self.config.vocab_size - 1}, "
+                                 f"but they range from {low} to {high}")
 
     def new_cache(self, batch_size: int, max_len: int, max_chunks: Optional[int] = None) -> "Cache":
         """Allocate everything that decoding up to max_len tokens needs, at once.
@@ -235,20 +247,6 @@ class Attamba(nn.Module):
     def generate(self, tokens: Tensor, max_new_tokens: int, **options) -> Tensor:
         """tokens (b, l) -> (b, l + max_new_tokens), sampled with the options of `stream`."""
         return torch.cat([tokens, *self.stream(tokens, max_new_tokens, **options)], 1)
-
-
-def sample(logits: Tensor, temperature: float, top_k: Optional[int], top_p: Optional[float],
-           generator: Optional[torch.Generator]) -> Tensor:
-    """logits (b, vocab_size) -> token ids (b, 1) int64; the options are those of Attamba.stream."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits, ids = (logits / temperature).sort(-1, descending=True)
-    probs = logits.softmax(-1)
-    if top_k is not None:
-        probs[:, top_k:] = 0
-    if top_p is not None:  # drop a token when the likelier ones already hold top_p
-        probs[probs.cumsum(-1) - probs >= top_p] = 0
-    return ids.gather(1, torch.multinomial(probs, 1, generator=generator))
 
 
 class Block(nn.Module):
@@ -288,7 +286,7 @@ class AttambaAttention(nn.Module):
 
     def __init__(self, config: AttambaConfig, layer: int):
         super().__init__()
-        c = self.config = config
+        c = self.config = config.of_layer(layer)
         kv_dim = c.n_kv_heads * c.head_dim
         self.wq = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=False)
         self.wo = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
@@ -299,13 +297,10 @@ class AttambaAttention(nn.Module):
             nn.init.normal_(self.wkv.weight, std=0.02)
         if "ssm" in c.kv:
             self.ssm = ChunkSSM(c, c.dim if c.kv == "ssm" else kv_dim, kv_dim)
-        # Layer and phase are data, not constants of the code: all layers share one compiled graph.
+        # Layer and first chunk end are data, not constants of the code: all layers share one compiled graph.
         self.register_buffer("layer", torch.tensor(layer), persistent=False)
-        self.first = None                              # position of the first chunk end, if chunks have a fixed step
-        if c.chunk_size is None:
-            self.first = torch.tensor(NEVER, device="cpu")
-        elif c.chunking in ("uniform", "cyclic"):
-            self.first = torch.tensor(c.chunk_size - 1 - _phase(c, layer), device="cpu")
+        first = first_end(c, layer)                    # None unless chunks have a fixed step
+        self.first = None if first is None else torch.tensor(first, device="cpu")
 
     def boundaries(self, length: int, start: int = 0, boundaries: Optional[Tensor] = None) -> Tensor:
         """Which of the tokens start ... start + length - 1 end a chunk: bool (1, length), or the
@@ -313,7 +308,8 @@ class AttambaAttention(nn.Module):
         if boundaries is not None:
             return boundaries
         if callable(self.config.chunking):
-            raise ValueError("with a callable chunking the layer needs the mask: pass boundaries=rule(tokens, positions, layer)")
+            raise ValueError("with a callable chunking the layer needs the mask: "
+                             "pass boundaries=rule(tokens, positions, layer)")
         positions = start + torch.arange(length, device=self.layer.device)
         return chunk_ends(self.config, positions, self.layer)[None]
 
@@ -322,9 +318,9 @@ class AttambaAttention(nn.Module):
         for name, value, least in (("batch_size", batch_size, 1), ("max_len", max_len, 1), ("max_chunks", max_chunks, 0)):
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, but it is {value}")
-        outside = 0 if self.config.leading_tokens is None else max(0, max_len - self.config.leading_tokens - 1)
-        roomy = max_chunks is None
+        L, roomy = self.config.leading_tokens, max_chunks is None
         if roomy:  # only a token that has left the window needs an entry
+            outside = 0 if L is None else max(0, max_len - L - 1)
             max_chunks = outside if callable(self.config.chunking) else int(self.boundaries(outside).sum())
         return LayerCache(self.config, batch_size, max_len, max_chunks, roomy, self.wq.weight.dtype, self.wq.weight.device)
 
@@ -333,61 +329,133 @@ class AttambaAttention(nn.Module):
         """x (b, l, d) -> (b, l, d). boundaries: bool (b, l) or (1, l), default config.chunking.
         cache: from new_cache; x continues it and it advances in place. rope: cos and sin of the
         positions as from rope_angles (one table can serve all layers); default: made here."""
-        c, l = self.config, x.shape[1]
-        start = cache.position if cache else 0
+        c, l, start = self.config, x.shape[1], cache.position if cache else 0
         ends = self.boundaries(l, start, boundaries)                              # (1 or b, l)
         if cache and rope is None:  # as a layer on its own; a model has checked all its layers
             cache.check(ends, boundaries is None)
-        first = self.first if boundaries is None else None
+        step = cache is not None and l == 1
+        first = self.first if boundaries is None and not step and not start else None
         q = self.wq(x).unflatten(-1, (c.n_heads, c.head_dim))                     # (b, l, heads, head_dim)
         k, v = (t.unflatten(-1, (c.n_kv_heads, c.head_dim)) for t in self.keys_values(x, ends, first, cache))
         rope = rope or rope_angles(start, l, c.head_dim, c.rope_theta, x.device)
-        q, k, v = (t.to(q.dtype).transpose(1, 2) for t in (rotate(q, *rope), rotate(k, *rope), v))   # (b, heads, l, head_dim)
-        if cache and l == 1:  # one step: everything visible lies in the cache
+        q, k, v = (t.to(q.dtype).transpose(1, 2) for t in (rotate(q, *rope), rotate(k, *rope), v))   # (b, heads, l, ...)
+        if step:  # everything visible lies in the cache
             cache.append(k, v, ends)
             out = cache.attend(q).to(q.dtype)
-        elif cache and start:  # several tokens on top of a cache
-            out = attend(q, *cache.context(k, v, ends), c.leading_tokens)
-            cache.append(k, v, ends)
         else:
-            out = attend(q, k, v, ends, c.leading_tokens, c.chunk_size, first)
             if cache:
-                cache.append(k, v, ends)
+                k, v, ends = cache.context(k, v, ends)                            # with the visible past in front
+            out = attend(q, k, v, ends, c.leading_tokens, c.chunk_size, first)    # (b, heads, l, head_dim)
+            if cache:
+                cache.store(k, v, ends, l)
         return self.wo(out.transpose(1, 2).flatten(2))
 
-    def keys_values(self, x: Tensor, ends: Tensor, first: Optional[Tensor], cache: Optional["LayerCache"] = None) -> list[Tensor]:
+    def keys_values(self, x: Tensor, ends: Tensor, first: Optional[Tensor] = None,
+                    cache: Optional["LayerCache"] = None) -> list[Tensor]:
         """Key and value of each token, before RoPE. x (b, l, d) -> [keys, values], (b, l, kv_dim) each"""
         c = self.config
         if "linear" in c.kv:
-            ssm_input = self.wkv(x).unflatten(-1, (2, -1))                        # (b, l, 2, kv_dim)
-            base = ssm_input.unbind(2)
+            a = self.wkv(x).unflatten(-1, (2, -1))                                # (b, l, 2, kv_dim)
+            base = a.unbind(2)
         else:  # the residual; with fewer key heads than query heads, the mean over each group
-            ssm_input = mean = x
+            a = mean = x
             if c.n_kv_heads != c.n_heads:
                 mean = x.unflatten(-1, (c.n_kv_heads, -1, c.head_dim)).mean(-2).flatten(-2)
             base = mean, mean                                                     # the same for keys and values
         if "ssm" not in c.kv:
             return base
-        l, P = x.shape[1], c.chunk_size
-        if cache and l == 1:
-            out = self.ssm.step(ssm_input[:, 0], ends, cache.h, cache.conv)
-        elif first is None or P is None or (cache and cache.position):
-            out, state = self.ssm(ssm_input, ends, *((cache.h, cache.conv) if cache else ()))
-            if cache:
-                cache.h.copy_(state[0]), cache.conv.copy_(state[1])
+        state = (cache.h, cache.conv) if cache else (None, None)
+        if cache and x.shape[1] == 1:
+            out = self.ssm.step(a[:, 0], ends, *state)
         else:
-            if torch.compiler.is_compiling() or _ssm_kernel_fits(x, c):
-                out, _ = self.ssm(ssm_input, ends, first=first)
-            else:  # chunks of one length: each is a sequence of its own, so they make a batch
-                front = P - 1 - int(first)                                        # zeros in front change nothing:
-                padded = F.pad(ssm_input, (0, 0) * (ssm_input.dim() - 2) + (front, -(front + l) % P))   # no bias in the SSM
-                out, _ = self.ssm(padded.unflatten(1, (-1, P)).flatten(0, 1))     # (b chunks, P, kv_dim) each
-                out = [y.unflatten(0, (len(x), -1)).flatten(1, 2)[:, front:front + l] for y in out]
-            last = l - (l - 1 - int(first)) % P if cache and l > first else 0     # the first token after the last boundary
-            if cache and last < l:
-                _, state = self.ssm(ssm_input[:, last:], ends[:, last:], cache.h, cache.conv)
-                cache.h.copy_(state[0]), cache.conv.copy_(state[1])
-        return [a + y for a, y in zip(base, out)]
+            out, new = self.ssm(a, ends, first, *state)
+            if cache:
+                cache.h.copy_(new[0]), cache.conv.copy_(new[1])
+        return [residual + y for residual, y in zip(base, out)]
+
+
+# ---------------------------------------------------------------------------------------
+# Which keys does a query see? This is the definition; `attend`, below, is its fast form.
+
+def attention_mask(boundaries: Tensor, leading_tokens: Optional[int]) -> Tensor:
+    """What each query sees, as a picture [1, figure 2]: (b, l) bool -> (b, l queries, l keys) bool.
+    Every finished chunk through its last token, and the window: itself and L predecessors.
+
+    >>> ends = torch.tensor([[0, 0, 1, 0, 0, 1, 0, 0]]).bool()
+    >>> for row in attention_mask(ends, leading_tokens=1)[0].int().tolist(): print(*row)
+    1 0 0 0 0 0 0 0
+    1 1 0 0 0 0 0 0
+    0 1 1 0 0 0 0 0
+    0 0 1 1 0 0 0 0
+    0 0 1 1 1 0 0 0
+    0 0 1 0 1 1 0 0
+    0 0 1 0 0 1 1 0
+    0 0 1 0 0 1 1 1
+    """
+    t = torch.arange(boundaries.shape[1], device=boundaries.device)
+    past = t[None, :] <= t[:, None]                                               # (l, l), query by key
+    window = past if leading_tokens is None else past & (t[:, None] - t[None, :] <= leading_tokens)
+    return window | (past & boundaries[:, None, :])
+
+
+def attend_ref(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, leading_tokens: Optional[int],
+               chunk_size: Optional[int] = None, first: Optional[Tensor] = None) -> Tensor:
+    """Attention through the dense mask: the definition, quadratic in time and memory.
+    Arguments and result as in `attend`; chunk_size and first are not needed."""
+    mask = attention_mask(boundaries, leading_tokens)[:, None, -q.shape[2]:]
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)
+    return scores.softmax(-1) @ v
+
+
+# ---------------------------------------------------------------------------------------
+# Where does a chunk end? A rule looks at one token and its position, nothing else: so a
+# prefix is cut the same way whatever follows, and cached calls see the same chunks.
+
+def chunk_ends(config: AttambaConfig, positions: Tensor, layer: Union[int, Tensor]) -> Tensor:
+    """The named rules [1, section 3.2]: which positions (l,) int64 end a chunk -> (l,) bool.
+    config: with one chunk_size (of the layer).
+
+    uniform: (t + 1) % P == 0; cyclic: the same, earlier by a phase that grows with the layer;
+    random: each token with probability 1 / P, a fixed function of seed, layer and position.
+
+    >>> config = AttambaConfig(vocab_size=8, dim=8, n_layers=2, n_heads=2, chunk_size=4)
+    >>> chunk_ends(config, torch.arange(9), layer=0).int().tolist()
+    [0, 0, 0, 1, 0, 0, 0, 1, 0]
+    >>> chunk_ends(config, torch.arange(9), layer=1).int().tolist()   # phase 1 * 4 // 2 = 2
+    [0, 1, 0, 0, 0, 1, 0, 0, 0]
+    """
+    P = config.chunk_size
+    if P is None:
+        return torch.zeros_like(positions, dtype=torch.bool)
+    if config.chunking == "random":
+        x = positions * 2 ** 20 + layer * 2 ** 10 + config.chunking_seed + 1
+        for _ in range(3):  # mix the bits (xor-shift and multiply, modulo 2^31)
+            x = (((x >> 15) ^ x) * 0x2C1B3C6D) & 0x7FFFFFFF
+        return (x >> 4) % P == 0
+    return (positions - first_end(config, layer)) % P == 0
+
+
+NEVER = 2 ** 30                                        # the first chunk end where there is none
+
+
+def first_end(config: AttambaConfig, layer: Union[int, Tensor]) -> Union[int, Tensor, None]:
+    """Position of the first chunk end if chunks have a fixed step, else None. "cyclic" ends them
+    floor(layer P / n_layers) earlier than "uniform"."""
+    if config.chunk_size is None:
+        return NEVER
+    if config.chunking in ("uniform", "cyclic"):
+        phase = layer * config.chunk_size // config.n_layers if config.chunking == "cyclic" else 0
+        return config.chunk_size - 1 - phase
+
+
+def _call_rule(rule, tokens, positions, layer):
+    """A callable chunking, checked: bool (b, l)."""
+    ends = rule(tokens, positions, layer)
+    if not isinstance(ends, Tensor) or ends.dtype != torch.bool or ends.shape != tokens.shape:
+        got = f"{ends.dtype} {tuple(ends.shape)}" if isinstance(ends, Tensor) else type(ends).__name__
+        raise ValueError(f"a chunking rule must return bool of shape {tuple(tokens.shape)}, but it returned {got}")
+    return ends
 
 
 # ---------------------------------------------------------------------------------------
@@ -400,6 +468,8 @@ class ChunkSSM(nn.Module):
         u, B, C = SiLU(causal depthwise convolution), never across a chunk boundary
         dt = softplus(dt + dt_bias),   h_t = r_t exp(-dt exp(A_log)) h_{t-1} + dt u_t B_t^T
         y_t = h_t C_t + D u_t,         out_t = W_out RMSNorm(y_t * SiLU(z_t))
+
+    The convolution has no bias and the norm no weight (W_out absorbs it): zero in, zero out.
     """
 
     def __init__(self, config: AttambaConfig, dim_in: int, dim_out: int):
@@ -416,56 +486,70 @@ class ChunkSSM(nn.Module):
         self.D = nn.Parameter(torch.ones(2, c.ssm_heads))
         self.w_out = nn.Parameter(torch.randn(2, dim_out, c.ssm_inner) * 0.02)
 
-    def forward(self, a: Tensor, boundaries: Optional[Tensor] = None, h: Optional[Tensor] = None,
-                conv: Optional[Tensor] = None, first: Optional[Tensor] = None):
-        """a (b, l, d) for both SSMs or (b, l, 2, d), boundaries (b or 1, l) bool or None for none,
-        state as in LayerCache, first as in `attend` -> [keys, values] (b, l, dim_out) each, (h, conv) after the last token."""
-        c = self.config
-        if a.dim() == 3:
-            proj = F.linear(a, self.w_in.flatten(0, 1)).unflatten(-1, (2, -1))    # (b, l, 2, sum(sizes))
-        else:
-            proj = torch.einsum("blsd,sed->blse", a, self.w_in)
-        at_least_32 = torch.promote_types(proj.dtype, torch.float32)
-        A, D, dt_bias = (t.to(at_least_32) for t in (-self.A_log.to(at_least_32).exp(), self.D, self.dt_bias))
-        if first is not None and _ssm_kernel_fits(proj, c):
-            y = _ssm(proj, self.w_conv, dt_bias, A, D, first, c.chunk_size, c.ssm_inner)
-        else:
-            z, dt, ubc = proj.split(self.sizes, -1)
-            ubc, conv = chunk_conv(ubc, self.w_conv, boundaries, conv)
-            u, B, C = F.silu(ubc).split((c.ssm_inner, c.ssm_state, c.ssm_state), -1)
-            dt = F.softplus(dt.to(at_least_32) + dt_bias)                         # (b, l, 2, heads)
-            # Both SSMs in one scan: the axis s joins the heads of u and dt; each shares its B and C.
-            y, h = ssm_scan(u.unflatten(-1, (c.ssm_heads, -1)).flatten(2, 3), dt.flatten(2), A.flatten(), B, C, D.flatten(), boundaries, h)
-            y = y.flatten(2).unflatten(-1, (2, -1)) * F.silu(z)                   # (b, l, 2, inner)
-            y = y.movedim(2, 0)                                                   # (2, b, l, inner)
-        y = F.rms_norm(y, y.shape[-1:], eps=c.norm_eps).to(proj.dtype)            # W_out absorbs the norm's weight
-        out = torch.bmm(y.flatten(1, 2), self.w_out.mT).unflatten(1, a.shape[:2]) # (2, b, l, dim_out)
-        return out.unbind(), (h, conv)
+    def forward(self, a: Tensor, boundaries: Optional[Tensor] = None, first: Optional[Tensor] = None,
+                h: Optional[Tensor] = None, conv: Optional[Tensor] = None):
+        """a (b, l, dim_in) or, if W_K and W_V are kept, (b, l, 2, dim_in); boundaries (b or 1, l) bool or None for
+        none; state as in LayerCache -> [keys, values] (b, l, dim_out) each, (h, conv) after the last token.
+        first: as in `attend`; the sequence must then start at position 0."""
+        c, P, l = self.config, self.config.chunk_size, a.shape[1]
+        x = self._project(a)                                                      # (b, l, 2, z | dt | u B C)
+        kernel = first is not None and _ssm_kernel_fits(x, c)
+        if first is None or P is None or not kernel and torch.compiler.is_compiling():
+            y, h, conv = self._mix(x, boundaries, h, conv)                        # (b, l, 2, inner)
+            return self._out(y, x.dtype), (h, conv)
+        if kernel:
+            y = _ssm(x, self.w_conv, *self._rates(x), first, P, c.ssm_inner).movedim(0, 2)
+        else:  # each chunk is a sequence of its own, so they make a batch; the first one lacks some tokens
+            front = P - 1 - int(first)
+            chunks = F.pad(x, (0, 0, 0, 0, front, -(front + l) % P)).unflatten(1, (-1, P)).flatten(0, 1)
+            y = self._mix(chunks)[0].unflatten(0, (len(x), -1)).flatten(1, 2)[:, front:front + l]
+        if h is not None and (last := l - (l - 1 - int(first)) % P if l > first else 0) < l:
+            _, h, conv = self._mix(x[:, last:], boundaries[:, last:], h, conv)    # the state of the last chunk
+        return self._out(y, x.dtype), (h, conv)
+
+    def _project(self, a):
+        """W_in: (..., dim_in) for both SSMs, or (..., 2, dim_in) -> (..., 2, z | dt | u B C)"""
+        if "linear" in self.config.kv:
+            return torch.einsum("...sd,sed->...se", a, self.w_in)
+        return F.linear(a, self.w_in.flatten(0, 1)).unflatten(-1, (2, -1))
+
+    def _rates(self, x):
+        """dt_bias, A < 0 and D (2, heads), in at least float32 whatever the model's dtype."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return self.dt_bias.to(dtype), -self.A_log.to(dtype).exp(), self.D.to(dtype)
+
+    def _mix(self, x, boundaries=None, h=None, conv=None):
+        """All between W_in and the norm: x (b, l, 2, z | dt | u B C) -> y (b, l, 2, inner), and the new state."""
+        c, (dt_bias, A, D) = self.config, self._rates(x)
+        z, dt, ubc = x.split(self.sizes, -1)
+        ubc, conv = chunk_conv(ubc, self.w_conv, boundaries, conv)
+        u, B, C = F.silu(ubc).split((c.ssm_inner, c.ssm_state, c.ssm_state), -1)
+        dt = F.softplus(dt.to(A.dtype) + dt_bias)                                 # (b, l, 2, heads)
+        # Both SSMs in one scan: 2 * heads, in two groups, each with its B and C.
+        u = u.unflatten(-1, (c.ssm_heads, -1)).flatten(2, 3)                      # (b, l, 2 heads, p)
+        y, h = ssm_scan(u, dt.flatten(2), A.flatten(), B, C, D.flatten(), boundaries, h)
+        return y.flatten(2).unflatten(-1, (2, -1)) * F.silu(z), h, conv
+
+    def _out(self, y, dtype):
+        """The norm and W_out: y (b, l, 2, inner) -> keys, values (b, l, dim_out)"""
+        y = F.rms_norm(y.movedim(2, 0), y.shape[-1:], eps=self.config.norm_eps).to(dtype)
+        return torch.bmm(y.flatten(1, 2), self.w_out.mT).unflatten(1, y.shape[1:3]).unbind()
 
     def step(self, a: Tensor, boundary: Tensor, h: Tensor, conv: Tensor) -> tuple[Tensor, Tensor]:
-        """One token: the recurrence as it stands, in few operations. a (b, d) or (b, 2, d), boundary
-        (b or 1, 1) bool, state as in LayerCache, updated in place -> keys, values (b, 1, dim_out)."""
-        c, b = self.config, len(a)
-        if a.dim() == 2:
-            proj = F.linear(a, self.w_in.flatten(0, 1)).view(b, 2, -1)
-        else:
-            proj = torch.einsum("bsd,sed->bse", a, self.w_in)
-        if _ssm_kernel_fits(proj, c):
-            return torch.bmm(_ssm_step(proj, self, boundary, h, conv), self.w_out.mT)[:, :, None].unbind()
-        z, dt, ubc = proj.split(self.sizes, -1)                                   # (b, 2, ...)
+        """One token: the recurrence as it stands. a (b, dim_in) or (b, 2, dim_in), boundary (b or 1, 1) bool,
+        state as in LayerCache, updated in place -> keys, values (b, 1, dim_out)."""
+        c, x = self.config, self._project(a)                                      # (b, 2, z | dt | u B C)
+        if _ssm_kernel_fits(x, c):
+            return torch.bmm(_ssm_step(x, self, boundary, h, conv), self.w_out.mT)[:, :, None].unbind()
+        z, dt, ubc = x.split(self.sizes, -1)
+        keep, (dt_bias, A, D) = ~boundary[:, :, None, None], self._rates(x)
         past = torch.cat([conv, ubc[:, None].to(conv.dtype)], 1)                  # (b, conv_size, 2, channels)
         ubc = F.silu((past * self.w_conv.flip(0)).sum(1))
-        conv.copy_(past[:, 1:] * ~boundary[:, :, None, None])
-        u, B, C = ubc.to(h.dtype).split((c.ssm_inner, c.ssm_state, c.ssm_state), -1)
-        u = u.unflatten(-1, (c.ssm_heads, -1))                                    # (b, 2, heads, p)
-        dt = F.softplus(dt.to(h.dtype) + self.dt_bias)[..., None]                 # (b, 2, heads, 1)
-        decay = torch.exp(dt * -self.A_log.to(h.dtype).exp()[..., None])
-        state = h.view(*u.shape, -1) * decay[..., None] + (dt * u)[..., None] * B[:, :, None, None]   # (b, 2, heads, p, n)
-        y = (state @ C[:, :, None, :, None]).squeeze(-1) + self.D[..., None] * u
-        h.copy_((state * ~boundary[:, :, None, None, None]).view_as(h))
-        y = y.flatten(2) * F.silu(z)
-        y = F.rms_norm(y, y.shape[-1:], eps=c.norm_eps).to(a.dtype).transpose(0, 1)
-        return torch.bmm(y, self.w_out.mT)[:, :, None].unbind()                   # (2, b, 1, dim_out)
+        u, B, C = ubc.split((c.ssm_inner, c.ssm_state, c.ssm_state), -1)          # (b, 2, ...)
+        u, dt = u.reshape(len(a), 2 * c.ssm_heads, -1), F.softplus(dt.to(h.dtype) + dt_bias).flatten(1)
+        y, state = ssm_step(h, u.to(h.dtype), dt, A.flatten(), B.to(h.dtype), C.to(h.dtype), D.flatten())
+        h.copy_(state * keep), conv.copy_(past[:, 1:] * keep)
+        return self._out((y.view(len(a), 1, 2, -1) * F.silu(z)[:, None]), x.dtype)
 
 
 def chunk_conv(x: Tensor, weight: Tensor, boundaries: Optional[Tensor] = None, tail: Optional[Tensor] = None):
@@ -496,11 +580,24 @@ def chunk_conv(x: Tensor, weight: Tensor, boundaries: Optional[Tensor] = None, t
     return y[:, x.shape[1] - l:].to(x.dtype), tail
 
 
+def ssm_step(h: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
+    """One token of the recurrence [2, equation 1]:
+
+        h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t^T,   y_t = h_t C_t + D u_t
+
+    h (b, h, p, n), u (b, h, p), dt (b, h) positive, A (h,) negative, B and C (b, g, n), D (h,)
+    -> y (b, h, p), the new state
+    """
+    b, H, p, n = h.shape
+    x = (dt[..., None] * u).view(b, B.shape[1], -1, 1) * B[:, :, None]            # (b, g, h/g p, n), the heads of a group
+    h = torch.exp(dt * A)[..., None, None] * h + x.view_as(h)
+    y = h.view_as(x) @ C[..., None]                                               # (b, g, h/g p, 1)
+    return y.view_as(u) + D[:, None] * u, h
+
+
 def ssm_scan_ref(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
                  boundaries: Optional[Tensor] = None, h: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
-    """The recurrence, token by token: the definition, and the step of decoding [2, equation 1].
-
-        h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t^T,   y_t = h_t C_t + D u_t,   h_t := 0 after a boundary
+    """The recurrence, token by token: the definition. h := 0 after a boundary.
 
     u (b, l, h, p), dt (b, l, h) positive, A (h,) negative, B and C (b, l, g, n), D (h,),
     boundaries (b or 1, l) bool or None for none, initial state h (b, h, p, n) or None for zero
@@ -508,17 +605,15 @@ def ssm_scan_ref(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tens
     """
     dtype = torch.promote_types(u.dtype, torch.float32)
     u, dt, B, C = (t.to(dtype) for t in (u, dt, B, C))
-    B, C = (t.repeat_interleave(u.shape[2] // t.shape[2], 2) for t in (B, C))     # (b, l, h, n)
     if h is None:
-        h = u.new_zeros(u.shape[0], u.shape[2], u.shape[3], B.shape[3])
+        h = u.new_zeros(u.shape[0], *u.shape[2:], B.shape[3])
     if boundaries is None:
         boundaries = torch.zeros(1, u.shape[1], dtype=torch.bool, device=u.device)
     ys = []
     for u_t, dt_t, B_t, C_t, end_t in zip(*(t.unbind(1) for t in (u, dt, B, C, boundaries))):
-        decay = torch.exp(dt_t * A)[..., None, None]                              # (b, h, 1, 1)
-        h = decay * h + (dt_t[..., None] * u_t)[..., None] * B_t[:, :, None]      # (b, h, p, n)
-        ys.append((h * C_t[:, :, None]).sum(-1) + D[:, None] * u_t)               # (b, h, p)
+        y_t, h = ssm_step(h, u_t, dt_t, A, B_t, C_t, D)
         h = torch.where(end_t[:, None, None, None], 0, h)
+        ys.append(y_t)
     return torch.stack(ys, 1), h
 
 
@@ -606,317 +701,56 @@ def _carry(log_a: Tensor, reset: Tensor, s: Tensor, h: Optional[Tensor], block: 
     return torch.cat([h[:, None], after[:, :-1]], 1), last
 
 
-# ---------------------------------------------------------------------------------------
-# Where does a chunk end? A rule looks at one token and its position, nothing else: so a
-# prefix is cut the same way whatever follows, and cached calls see the same chunks.
-
-def chunk_ends(config: AttambaConfig, positions: Tensor, layer: Union[int, Tensor]) -> Tensor:
-    """The named rules [1, section 3.2]: which positions (l,) int64 end a chunk -> (l,) bool.
-
-    uniform: (t + 1) % P == 0; cyclic: the same, earlier by a phase that grows with the layer;
-    random: each token with probability 1 / P, a fixed function of seed, layer and position.
-
-    >>> config = AttambaConfig(vocab_size=8, dim=8, n_layers=2, n_heads=2, chunk_size=4)
-    >>> chunk_ends(config, torch.arange(9), layer=0).int().tolist()
-    [0, 0, 0, 1, 0, 0, 0, 1, 0]
-    >>> chunk_ends(config, torch.arange(9), layer=1).int().tolist()   # phase 1 * 4 // 2 = 2
-    [0, 1, 0, 0, 0, 1, 0, 0, 0]
-    """
-    P = config.chunk_size
-    if P is None:
-        return torch.zeros_like(positions, dtype=torch.bool)
-    if config.chunking == "random":
-        x = positions * 2 ** 20 + layer * 2 ** 10 + config.chunking_seed + 1
-        for _ in range(3):  # mix the bits (xor-shift and multiply, modulo 2^31)
-            x = (((x >> 15) ^ x) * 0x2C1B3C6D) & 0x7FFFFFFF
-        return (x >> 4) % P == 0
-    return (positions + 1 + _phase(config, layer)) % P == 0
-
-
-NEVER = 2 ** 30                                        # the first boundary where there is none
-
-
-def _phase(config, layer):
-    """How much earlier the chunks of a layer end: floor(layer P / n_layers) for "cyclic", else 0."""
-    return layer * config.chunk_size // config.n_layers if config.chunking == "cyclic" else 0
-
-
-def _call_rule(rule, tokens, positions, layer):
-    """A callable chunking, checked: bool (b, l)."""
-    ends = rule(tokens, positions, layer)
-    if not isinstance(ends, Tensor) or ends.dtype != torch.bool or ends.shape != tokens.shape:
-        got = f"{ends.dtype} {tuple(ends.shape)}" if isinstance(ends, Tensor) else type(ends).__name__
-        raise ValueError(f"a chunking rule must return bool of shape {tuple(tokens.shape)}, but it returned {got}")
-    return ends
-
 
 # ---------------------------------------------------------------------------------------
-# Which keys does a query see? attention_mask is the definition, attend the fast form.
-
-def attention_mask(boundaries: Tensor, leading_tokens: Optional[int]) -> Tensor:
-    """What each query sees, as a picture [1, figure 2]: (b, l) bool -> (b, l queries, l keys) bool.
-    Every finished chunk through its last token, and the window: itself and L predecessors.
-
-    >>> ends = torch.tensor([[0, 0, 1, 0, 0, 1, 0, 0]]).bool()
-    >>> for row in attention_mask(ends, leading_tokens=1)[0].int().tolist(): print(*row)
-    1 0 0 0 0 0 0 0
-    1 1 0 0 0 0 0 0
-    0 1 1 0 0 0 0 0
-    0 0 1 1 0 0 0 0
-    0 0 1 1 1 0 0 0
-    0 0 1 0 1 1 0 0
-    0 0 1 0 0 1 1 0
-    0 0 1 0 0 1 1 1
-    """
-    t = torch.arange(boundaries.shape[1], device=boundaries.device)
-    past = t[None, :] <= t[:, None]                                               # (l, l), query by key
-    window = past if leading_tokens is None else past & (t[:, None] - t[None, :] <= leading_tokens)
-    return window | (past & boundaries[:, None, :])
-
-
-def attend_ref(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, leading_tokens: Optional[int],
-               chunk_size: Optional[int] = None, first: Optional[Tensor] = None) -> Tensor:
-    """Attention through the dense mask: the definition, quadratic in time and memory.
-    Arguments and result as in `attend`; chunk_size and first are not needed."""
-    mask = attention_mask(boundaries, leading_tokens)[:, None, -q.shape[2]:]
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)
-    return scores.softmax(-1) @ v
-
+# How is attention computed without an l x l map? By blocks of queries.
 
 def attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, leading_tokens: Optional[int],
            chunk_size: Optional[int] = None, first: Optional[Tensor] = None) -> Tensor:
-    """Attention of each query over the finished chunks and its window; no l x l matrix is built.
+    """Attention as attention_mask shows it. A block of queries sees little: the chunk ends before it, and its
+    own tokens with the L before them. These keys are put side by side, and a small mask says who sees what.
 
-    q (b, heads, lq, head_dim), k and v (b, kv heads, l, head_dim) with lq <= l: the queries are the
-    last lq tokens. boundaries (b or 1, l) bool. If first (0-d int64, on the CPU) is given, the
-    boundaries are first, first + chunk_size, ... and attention over them is folded (see _parts).
-    -> (b, heads, lq, head_dim)
+    q (b, heads, lq, head_dim), k and v (b, kv heads, l, head_dim) with lq <= l: the queries are the last lq
+    tokens. boundaries (b or 1, l) bool. first (0-d int64, on the CPU), if given, says the same as boundaries:
+    first, first + chunk_size, ... (none for chunk_size None). -> (b, heads, lq, head_dim)
     """
-    L, l = leading_tokens, k.shape[2]
-    if L is None or L >= l - 1:  # the window holds everything: ordinary causal attention
-        if q.shape[2] == l:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        L, boundaries, first = l - 1, torch.zeros_like(boundaries[:1]), None
+    L, lq, l, P, dev = leading_tokens, q.shape[2], k.shape[2], chunk_size, q.device
+    if (L is None or L >= l - 1) and lq == l:  # the window holds everything: ordinary causal attention
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    L = l - 1 if L is None else min(L, l - 1)
     if q.shape[1] != k.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    step = 0 if first is None else chunk_size or 1
-    q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))                 # (b, l, h, d)
-    return _attend(q, k, v, boundaries, torch.zeros((), dtype=torch.long) if first is None else first, step, L)[0].transpose(1, 2)
+    if first is not None and lq == l and _kernels_fit(q):
+        return _attend(*(t.transpose(1, 2).contiguous() for t in (q, k, v)), first, P or l, L)[0].transpose(1, 2)
 
-
-def _parts(lq, l, L, boundaries, first, step, window=True, chunks=True):
-    """Cut the attention picture, or its half, into rectangles without waste.
-
-    Yields (take queries, take keys, mask, causal); the two functions pick views out of
-    (rows, tokens, ...) tensors as (rows, problems, tokens, ...), each an ordinary attention:
-
-    window   blocks of W = L + 1 tokens. A query sees its own block causally (no predecessor in it
-             is further than L away), and of the L tokens before its block those at most L away.
-    chunks   fold, if chunks have a fixed step P: let t0 = first + L + 1 be the first query that
-             sees a boundary past its window, and write t = t0 + c P + p. Query t sees exactly the
-             boundaries 0 ... c, whatever its phase p: so for each of the P phases this is plain
-             causal attention of length l / P.
-             Else, by blocks of queries: the boundaries that the block sees, with a mask.
-    """
-    W, off, dev = L + 1, l - lq, boundaries.device
-    n, r = divmod(lq, W)
-
-    def rows(start, count, width, low=0, high=None):
-        """(x, t, ...) -> (x, count, high - low, ...): tokens low ... high of each block of `width`"""
-        return lambda x: x[:, start:start + count * width].unflatten(1, (count, width))[:, :, low:high]
-
-    if window:
-        near = torch.ones(L, L, dtype=torch.bool, device=dev).triu()                  # j of the L tokens before, j >= i
-        if n:
-            yield rows(0, n, W), rows(off, n, W), None, True
-        if r:
-            yield rows(n * W, 1, r), rows(off + n * W, 1, r), None, True
-        if n > 1 and L:
-            yield rows(W, n - 1, W, 0, L), rows(off, n - 1, W, 1), near, False
-        if n and r:
-            yield rows(n * W, 1, r), rows(off + n * W - L, 1, L), near[:r], False
-        if off and L:
-            m, w = min(lq, L), min(off, L)
-            yield rows(0, 1, m), rows(off - w, 1, w), near[:m, L - w:], False
-
-    if chunks and step:
-        first = int(first)
-        t0 = first + L + 1
-        n, r = divmod(max(0, l - t0), step)
-        if n:
-            yield (lambda x: x[:, t0:t0 + n * step].unflatten(1, (n, step)).transpose(1, 2),
-                   lambda x: x[:, None, first::step][:, :, :n], None, True)
-        if r:
-            yield rows(t0 + n * step, 1, r), lambda x: x[:, None, first::step][:, :, :n + 1], None, False
-    elif chunks:
-        old = boundaries.cumsum(1)[:, :max(0, l - W)]                             # (b, l - W)
-        count = max(boundaries.sum(1).tolist())
-        ids = torch.arange(l, device=dev).expand(boundaries.shape)
-        ids = ids.masked_fill(~boundaries, l).sort(1).values[:, :count]           # (rows or 1, count); l where a row has fewer
-        for start in range(max(0, W - off), lq, 128):
-            stop = min(start + 128, lq)
-            seen = int(old[:, off + stop - 1 - W].max())
-            if seen:
-                t = torch.arange(off + start, off + stop, device=dev)
-                mask = ids[:, None, None, :seen] < t[:, None] - L                 # (rows or 1, 1, m, seen)
-                yield rows(start, 1, stop - start), ids[:, :seen].clamp(max=l - 1), mask, False
-
-
-def _per_head(boundaries, heads):
-    """(b or 1, l) -> (b heads or 1, l)"""
-    return boundaries if len(boundaries) == 1 else boundaries.repeat_interleave(heads, 0)
-
-
-def _take_keys(x, keys):
-    """(rows, l, d) -> (rows, problems, n, d), by a view or by (rows or 1, n) indices."""
-    if callable(keys):
-        return keys(x)
-    return x.gather(1, keys[..., None].expand(len(x), -1, x.shape[-1]))[:, None]
-
-
-def _give_keys(x, keys, grad):
-    """Add (rows, problems, n, d) to where _take_keys took it from."""
-    if callable(keys):
-        keys(x).add_(grad)
+    compiling = torch.compiler.is_compiling()          # then sizes must not depend on data: upper bounds
+    if first is None:  # the tokens that end a chunk, l (nobody) where a row has fewer: (b or 1, count)
+        count = l if compiling else max(boundaries.sum(1).tolist())
+        ends = torch.arange(l, device=dev).masked_fill(~boundaries, l).sort(1).values[:, :count]
     else:
-        x.scatter_add_(1, keys[..., None].expand_as(grad[:, 0]), grad[:, 0])
+        ends = (first + torch.arange(0, l if P else 0, P or 1, device=dev))[None]
+    at = ends.clamp(max=l - 1)[:, None, :, None].expand(len(q), q.shape[1], -1, q.shape[3])
+    end_k, end_v = k.gather(2, at), v.gather(2, at)                               # (b, heads, count, head_dim)
 
-
-# The rectangles are joined by their log-sum-exps [5]. Backward: the softmax over all parts is
-# exp(score - lse) with the joined lse, so each part's own backward, called with the joined out
-# and lse, gives exact gradients. As custom operators they stay closed to torch.compile, which
-# sees one call with data: one graph for all layers.
-
-@torch.library.custom_op(f"{__name__}::attend", mutates_args=())
-def _attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, first: Tensor, step: int, leading: int) -> tuple[Tensor, Tensor]:
-    (b, lq, h, _), l, kernel, fold = q.shape, k.shape[1], *_choose(q, k, step)
-    if kernel:
-        out, lse = _attend_kernel(q, k, v, NEVER if fold else int(first), step, leading)
-        if not fold:
-            return out, lse
-    else:
-        out, lse = torch.zeros_like(q), torch.full((b, h, lq), -math.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    result = out, lse
-    for q, k, v, out, lse, ends in _problems(kernel, (q, k, v, out), lse, boundaries):
-        for rows, keys, mask, causal in _parts(lq, l, leading, ends, first, step, window=not kernel):
-            o, s = _softmax(rows(q), _take_keys(k, keys), _take_keys(v, keys), mask, causal)
-            joined = torch.logaddexp(rows(lse), s)
-            rows(out).lerp_(o, torch.exp(s - joined)[..., None].to(o.dtype))
-            rows(lse).copy_(joined)
-        if not kernel:
-            result[0].copy_(out.unflatten(0, (b, h)).transpose(1, 2))
-    return result
-
-
-@torch.library.custom_op(f"{__name__}::attend_backward", mutates_args=())
-def _attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, boundaries: Tensor,
-                     first: Tensor, step: int, leading: int) -> tuple[Tensor, Tensor, Tensor]:
-    (b, lq, h, _), l, kernel, fold = q.shape, k.shape[1], *_choose(q, k, step)
-    grad = grad.contiguous()
-    if kernel:
-        result = _attend_backward_kernel(grad, q, k, v, out, lse, NEVER if fold else int(first), step, leading)
-        if not fold:
-            return result
-    else:
-        result = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for grad, q, k, v, out, dq, dk, dv, lse, ends in _problems(kernel, (grad, q, k, v, out, *result), lse, boundaries):
-        for rows, keys, mask, causal in _parts(lq, l, leading, ends, first, step, window=not kernel):
-            gq, gk, gv = _softmax_backward(rows(grad), rows(q), _take_keys(k, keys), _take_keys(v, keys),
-                                           rows(out), rows(lse), mask, causal)
-            rows(dq).add_(gq)
-            _give_keys(dk, keys, gk), _give_keys(dv, keys, gv)
-        if not kernel:
-            for whole, part in zip(result, (dq, dk, dv)):
-                whole.copy_(part.unflatten(0, (b, h)).transpose(1, 2))
-    return result
-
-
-def _choose(q, k, step):
-    """The Triton kernels for windows and chunks? Or for windows only, and the chunks by the fold: on long
-    sequences cuDNN's causal attention is faster, by more than joining the two costs."""
-    kernel = bool(step) and q.shape == k.shape and _kernels_fit(q)
-    return kernel, (kernel and q.is_cuda and q.dtype != torch.float32 and q.shape[1] // step >= FOLD_FROM
-                    and torch.cuda.get_device_capability(q.device) >= (9, 0))
-
-
-def _problems(by_row, tensors, lse, boundaries):
-    """Tensors (b, l, h, d), lse (b, h, l) and boundaries as (rows, l, ...): all heads of all sequences at once,
-    copied, or one sequence at a time as views."""
-    if by_row:
-        for i in range(len(lse)):
-            yield *(t[i].transpose(0, 1) for t in tensors), lse[i], boundaries[:1]
-    else:
-        yield *(t.transpose(1, 2).contiguous().flatten(0, 1) for t in tensors), lse.flatten(0, 1), _per_head(boundaries, lse.shape[1])
-
-
-@_attend.register_fake
-def _(q, k, v, boundaries, first, step, leading):
-    b, l, h, _ = q.shape
-    return torch.empty_like(q), q.new_empty(b, h, l, dtype=torch.promote_types(q.dtype, torch.float32))
-
-
-@_attend_backward.register_fake
-def _(grad, q, k, v, *_):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _attend_setup(ctx, inputs, output):
-    q, k, v, boundaries, first, ctx.step, ctx.leading = inputs
-    ctx.save_for_backward(q, k, v, *output, boundaries, first)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _attend_vjp(ctx, grad, _):
-    return *_attend_backward(grad, *ctx.saved_tensors, ctx.step, ctx.leading), None, None, None, None
-
-
-_attend.register_autograd(_attend_vjp, setup_context=_attend_setup)
-
-
-def _softmax(q, k, v, mask, causal):
-    """One rectangle: q (r, c, m, d), k and v (r, c or 1, n, d), mask bool or None -> out, lse (r, c, m)."""
-    k, v = k.expand(-1, q.shape[1], -1, -1), v.expand(-1, q.shape[1], -1, -1)
-    if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=_bias(mask, q))
-        return out, lse if mask is None else lse.masked_fill(~mask.any(-1), -math.inf)
-    if causal and q.dtype in (torch.bfloat16, torch.float16):
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True)
-        return out, lse.view(q.shape[:3])
-    scores = _scores(q, k, mask, causal)
-    lse = scores.logsumexp(-1)
-    return torch.exp(scores - lse[..., None]).nan_to_num(0).to(v.dtype) @ v, lse
-
-
-def _softmax_backward(grad, q, k, v, out, lse, mask, causal):
-    """Gradients of q (r, c, m, d), k and v (r, c or 1, n, d), with out and lse those of the whole softmax."""
-    shared = k.shape[1] != q.shape[1]                                             # c problems share their keys
-    k, v = k.expand(-1, q.shape[1], -1, -1), v.expand(-1, q.shape[1], -1, -1)
-    if q.device.type == "cpu":
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, causal, attn_mask=_bias(mask, q))
-    elif causal and q.dtype in (torch.bfloat16, torch.float16):
-        zero, (n, m) = torch.zeros((), dtype=torch.long, device=q.device), (q.shape[2], k.shape[2])
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            grad, q, k, v, out, lse[..., None], zero, zero, None, None, None, n, m, 0.0, True)
-    else:
-        p = torch.exp(_scores(q, k, mask, causal) - lse[..., None])               # (r, c, m, n)
-        ds = p * ((grad @ v.mT).to(p.dtype) - (grad * out).sum(-1, keepdim=True)) / math.sqrt(q.shape[-1])
-        dq, dk, dv = ds.to(k.dtype) @ k, ds.mT.to(q.dtype) @ q, p.mT.to(grad.dtype) @ grad
-    return dq, dk.sum(1, keepdim=True) if shared else dk, dv.sum(1, keepdim=True) if shared else dv
-
-
-def _scores(q, k, mask, causal):
-    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[-1])
-    if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    return scores if mask is None else scores.masked_fill(~mask, -math.inf)
-
-
-def _bias(mask, q):
-    """The mask as something to add to the scores."""
-    if mask is not None:
-        return torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -math.inf)
+    size, off = max(128, L, l // 64), l - lq           # at most some 64 blocks: longer ones cost little more
+    sizes = [min(L, off), *[size] * (lq // size), *[lq % size] * (lq % size > 0)]
+    before, *blocks = zip(*(t[:, :, off - sizes[0]:].split(sizes, 2) for t in (k, v)))
+    out, start = [], off
+    for q_block, block in zip(q.split(size, 2), blocks):
+        stop = start + q_block.shape[2]
+        k_near, v_near = (torch.cat([x[:, :, max(0, x.shape[2] - L):], y], 2) for x, y in zip(before, block))
+        if first is not None:  # how many chunk ends, at most, lie outside the window of the block's last query
+            seen = len(range(0, stop - 1 - L, P)) if P else 0
+        else:
+            seen = max(0, stop - 1 - L) if compiling else int((ends < stop - 1 - L).sum(1).max())
+        t = torch.arange(start, stop, device=dev)[:, None]
+        s = torch.arange(stop - k_near.shape[2], stop, device=dev)
+        window = (s <= t) & (t - s <= L)                                          # (queries, keys)
+        mask = torch.cat([ends[:, None, :seen] < t - L, window.expand(len(ends), -1, -1)], 2)
+        out.append(F.scaled_dot_product_attention(q_block, torch.cat([end_k[:, :, :seen], k_near], 2),
+                                                  torch.cat([end_v[:, :, :seen], v_near], 2), attn_mask=mask[:, None]))
+        before, start = block, stop
+    return torch.cat(out, 2)
 
 
 # ---------------------------------------------------------------------------------------
@@ -957,72 +791,73 @@ class LayerCache:
         c, L = config, config.leading_tokens
         self.max_len, self.max_chunks, self.roomy, self.position = max_len, max_chunks, roomy, 0
         self.window = W = max_len if L is None else min(L + 1, max_len)
-        self.kv = torch.zeros(2, batch_size, c.n_kv_heads, W + max_chunks, c.head_dim, dtype=dtype, device=device)
+        new = dict(dtype=dtype, device=device)
+        self.kv = torch.zeros(2, batch_size, c.n_kv_heads, W + max_chunks, c.head_dim, **new)
         self.ends = torch.zeros(batch_size, W, dtype=torch.bool, device=device)
         self.n_chunks = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.h = self.conv = None
         if "ssm" in c.kv:
             self.h = torch.zeros(batch_size, 2 * c.ssm_heads, c.ssm_inner // c.ssm_heads, c.ssm_state,
                                  dtype=torch.promote_types(dtype, torch.float32), device=device)
-            self.conv = torch.zeros(batch_size, c.conv_size - 1, 2, c.ssm_inner + 2 * c.ssm_state, dtype=dtype, device=device)
+            self.conv = torch.zeros(batch_size, c.conv_size - 1, 2, c.ssm_inner + 2 * c.ssm_state, **new)
 
     @property
     def nbytes(self) -> int:
         """Bytes really allocated: keys, values, chunk bookkeeping and SSM states."""
         return sum(t.numel() * t.element_size() for t in (self.kv, self.ends, self.n_chunks, self.h, self.conv) if t is not None)
 
-    def _slots(self, l: int) -> Tensor:
-        """Slots of the ring that l new tokens overwrite, the oldest first. (min(l, W),)"""
-        return (self.position + torch.arange(min(l, self.window), device=self.ends.device)) % self.window
-
-    def _leaving(self, slots: Tensor, boundaries: Tensor) -> Tensor:
-        """Which of the l tokens that leave the window for l new ones end a chunk? (b or 1, l) -> (b, l) bool"""
-        ends, new = self.ends[:, slots], boundaries[:, :boundaries.shape[1] - len(slots)]   # new ones leave too, where l > W
-        return torch.cat([ends, new.expand(len(ends), -1)], 1) if new.shape[1] else ends
+    def _order(self) -> Tensor:
+        """Slots of the ring in use, the oldest token first."""
+        in_use = min(self.position, self.window)
+        return torch.arange(self.position - in_use, self.position, device=self.ends.device) % self.window
 
     def check(self, boundaries: Tensor, by_rule: bool) -> None:
-        """Is there room for these (b, l) new tokens? Raises ValueError if not; changes nothing."""
-        if isinstance(self.position, Tensor):
-            return  # recording a CUDA graph: checked before
+        """Is there room for these (b or 1, l) new tokens? Raises ValueError if not; changes nothing."""
         l = boundaries.shape[1]
         if self.position + l > self.max_len:
             raise ValueError(f"the cache is full: it holds {self.position} tokens, {l} more were given, and max_len is {self.max_len}")
-        if not (by_rule and self.roomy):
-            need = int((self.n_chunks + self._leaving(self._slots(l), boundaries).sum(1)).max())
+        if not (by_rule and self.roomy):  # by_rule: boundaries are those that max_chunks was computed for
+            old = self.ends[:, self._order()]
+            ends = torch.cat([old, boundaries.expand(len(old), -1)], 1)
+            need = int((self.n_chunks + ends[:, :max(0, ends.shape[1] - self.window)].sum(1)).max())
             if need > self.max_chunks:
                 raise ValueError(f"the cache is full: it needs {need} chunk entries, and max_chunks is {self.max_chunks}")
 
     def context(self, k: Tensor, v: Tensor, boundaries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Entries, window and new tokens as one sequence; an entry is a token that ends a chunk.
-        k, v (b, h, l, d), boundaries (b, l) -> the same for all e + w + l of them."""
-        e, device = int(self.n_chunks.max()), k.device
-        order = self._slots(self.window)[max(0, self.window - self.position):]
+        k, v (b, h, l, d), boundaries (b or 1, l) -> the same for all e + w + l of them."""
+        if self.position == 0:
+            return k, v, boundaries
+        e, device, order = int(self.n_chunks.max()), k.device, self._order()
         slots = torch.cat([torch.arange(self.window, self.window + e, device=device), order])
         valid = torch.arange(e, device=device) < self.n_chunks[:, None]           # (b, e)
         ends = torch.cat([valid, self.ends[:, order], boundaries.expand(len(valid), -1)], 1)
         k, v = (torch.cat([old[:, :, slots].to(new.dtype), new], 2) for old, new in zip(self.kv, (k, v)))
         return k, v, ends
 
-    def append(self, k: Tensor, v: Tensor, boundaries: Tensor) -> None:
-        """Take in l new tokens. k, v (b, n_kv_heads, l, head_dim), boundaries (b or 1, l) bool."""
-        new, W, l = torch.stack([k, v]).detach().to(self.kv.dtype), self.window, k.shape[2]
-        slots = self._slots(l)
-        if self.max_chunks:  # a leaving token that ends a chunk moves to the next free entry
-            leaving = self._leaving(slots, boundaries)                                   # (b, l)
-            old = self.kv[..., slots, :]                                          # (2, b, h, min(l, W), d)
-            if l == 1:  # without a look at the data: if it ends no chunk, to its slot, which is overwritten just below
-                to = torch.where(leaving, self.n_chunks[:, None] + W, slots)      # (b, 1)
-                self.kv.scatter_(3, to[None, :, None, :, None].expand_as(old), old)
-            else:
-                row, i = leaving.nonzero(as_tuple=True)
-                to = W + self.n_chunks[row] + leaving.cumsum(1)[row, i] - 1
-                self.kv[:, row, :, to] = torch.cat([old, new[..., :max(0, l - W), :]], 3)[:, row, :, i]
-            self.n_chunks += leaving.sum(1) if l > 1 else leaving[:, 0]
-        if l > W:
-            slots, new, boundaries = (slots + l) % W, new[..., l - W:, :], boundaries[:, l - W:]
-        self.kv.index_copy_(3, slots, new)
-        self.ends.index_copy_(1, slots, boundaries.expand(len(self.ends), -1))
-        self.position = self.position + l
+    def store(self, k: Tensor, v: Tensor, boundaries: Tensor, l: int) -> None:
+        """Keep of `context`, l of whose tokens are new, the last W tokens and the chunk ends before them."""
+        self.position += l
+        order, new = self._order(), torch.stack([k, v]).detach().to(self.kv.dtype)                # (2, b, h, e + w + l, d)
+        ends, w = boundaries.expand(len(self.ends), -1), len(order)
+        self.kv[..., order, :], self.ends[:, order] = new[..., -w:, :], ends[:, -w:]
+        old = ends[:, :-w]
+        row, token = old.nonzero(as_tuple=True)
+        self.kv[:, row, :, self.window - 1 + old.cumsum(1)[row, token]] = new[:, row, :, token]
+        self.n_chunks.copy_(old.sum(1))
+
+    def append(self, k: Tensor, v: Tensor, boundary: Tensor) -> None:
+        """The same for one new token, without a look at the data: k, v (b, n_kv_heads, 1, head_dim), boundary (b or 1, 1)."""
+        slot = torch.as_tensor(self.position % self.window, device=self.ends.device).view(1)
+        if self.max_chunks:  # the token that leaves its slot moves to the next free entry if it ended a chunk,
+            left = self.ends[:, slot]                                             # (b, 1)
+            to = torch.where(left, self.n_chunks[:, None] + self.window, slot)    # else to the slot: overwritten below
+            old = self.kv[..., slot, :]                                           # (2, b, h, 1, d)
+            self.kv.scatter_(3, to[None, :, None, :, None].expand_as(old), old)
+            self.n_chunks += left[:, 0]
+        self.kv.index_copy_(3, slot, torch.stack([k, v]).detach().to(self.kv.dtype))
+        self.ends.index_copy_(1, slot, boundary.expand(len(self.ends), -1))
+        self.position = self.position + 1
 
     def attend(self, q: Tensor) -> Tensor:
         """Attention of the newest token over all that it sees. q (b, n_heads, 1, head_dim) -> same."""
@@ -1052,6 +887,20 @@ class Cache:
 
     nbytes = property(lambda self: sum(layer.nbytes for layer in self.layers))
     position = property(lambda self: self.layers[0].position)
+
+
+def sample(logits: Tensor, temperature: float, top_k: Optional[int], top_p: Optional[float],
+           generator: Optional[torch.Generator]) -> Tensor:
+    """logits (b, vocab_size) -> token ids (b, 1) int64; the options are those of Attamba.stream."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits, ids = (logits / temperature).sort(-1, descending=True)
+    probs = logits.softmax(-1)
+    if top_k is not None:
+        probs[:, top_k:] = 0
+    if top_p is not None:  # drop a token when the likelier ones already hold top_p
+        probs[probs.cumsum(-1) - probs >= top_p] = 0
+    return ids.gather(1, torch.multinomial(probs, 1, generator=generator))
 
 
 # ---------------------------------------------------------------------------------------
@@ -1389,16 +1238,17 @@ def _attend_cached(q, kv, lengths):
 # A step is many small kernels: launched one by one, they cost more than they compute. So the first step of
 # a cache runs as it is, the second is recorded as a CUDA graph, and that is replayed from then on.
 
-def _graph_fits(model: Attamba, cache: Cache) -> bool:
+def _graph_fits(model: Attamba, tokens: Tensor, cache: Cache) -> bool:
     layer = cache.layers[0]
-    return (_kernels_fit(layer.kv) and layer.kv.is_cuda and layer.position > 0 and all(layer.roomy for layer in cache.layers)
+    return (tokens.shape[1] == 1 and _kernels_fit(layer.kv) and layer.kv.is_cuda and layer.position > 0 and all(layer.roomy for layer in cache.layers)
             and not callable(model.config.chunking) and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda"))
 
 
 def _replay(model: Attamba, tokens: Tensor, cache: Cache) -> Tensor:
     """model(tokens, cache=cache) for tokens (b, 1)."""
     position = cache.position
-    cache.layers[0].check(tokens, True)
+    for layer in cache.layers:
+        layer.check(tokens, True)
     if cache.graph is None:  # the kernels compile and the libraries allocate what they need
         cache.graph = "next"
         return model._run(tokens, model._boundaries(tokens, None, cache), cache)
@@ -1419,28 +1269,98 @@ def _replay(model: Attamba, tokens: Tensor, cache: Cache) -> Tensor:
     return logits.clone()
 
 
-def _attend_kernel(q, k, v, first, step, L):
-    b, l, h, d = q.shape
+# Attention in training. On long sequences cuDNN's causal attention is faster than a kernel of our own, by more than it
+# costs to join two parts. The fold: let t0 = first + L + 1 be the first query that sees a chunk end past its window, and
+# write t = t0 + c P + p. Query t sees exactly the chunk ends 0 ... c, whatever its phase p: for each of the P phases this
+# is plain causal attention of length l / P, and all phases share their keys. It is joined with the window by the
+# log-sum-exps [5]: the softmax over both is exp(score - lse) with the joined lse, so the backward of each, called with the
+# joined out and lse, gives exact gradients.
+
+def _fold_fits(q, step):
+    return (q.is_cuda and q.dtype != torch.float32 and q.shape[1] // step >= FOLD_FROM
+            and torch.cuda.get_device_capability(q.device) >= (9, 0))
+
+
+def _fold(x, first, step, L, keys=False):
+    """x (l, h, ...), behind l as many rows as the last step lacks -> (h, P, n, ...), views; keys: n chunk ends for all phases"""
+    n = (len(x) - first - L - 1) // step
+    if keys:
+        return x[first::step][:n].transpose(0, 1)[:, None].expand(-1, step, *[-1] * (x.dim() - 1))
+    return x[len(x) - n * step:].unflatten(0, (n, step)).transpose(0, 2)
+
+
+def _padded(first, step, L, *tensors):
+    """(b, l, h, ...) with zeros behind l, so that whole steps follow t0 = first + L + 1"""
+    return (F.pad(t, (0, 0) * (t.dim() - 2) + (0, -(t.shape[1] - first - L - 1) % step)) for t in tensors)
+
+
+@torch.library.custom_op(f"{__name__}::attend", mutates_args=())
+def _attend(q: Tensor, k: Tensor, v: Tensor, first: Tensor, step: int, L: int) -> tuple[Tensor, Tensor]:
+    """q, k, v (b, l, h, d), the rest as in `attend` -> out (b, l, h, d), lse (b, h, l) float32"""
+    (b, l, h, d), first, fold = q.shape, int(first), _fold_fits(q, step)
     out, lse = torch.empty_like(q), torch.empty(b, h, l, dtype=torch.float32, device=q.device)
     M, N, warps, stages = TILES["forward"]
-    _attend_forward_kernel[(triton.cdiv(l, M), b * h)](q, k, v, out, lse, l, L, first, math.log2(math.e) / math.sqrt(d), step,
-                                                       h, d, M, N, num_warps=warps, num_stages=stages)
-    return out, lse
+    _attend_forward_kernel[(triton.cdiv(l, M), b * h)](
+        q, k, v, out, lse, l, L, NEVER if fold else first, math.log2(math.e) / math.sqrt(d), step, h, d, M, N, num_warps=warps, num_stages=stages)
+    if not fold:
+        return out, lse
+    where = first, step, L
+    q, k, v, out, lse = _padded(*where, q, k, v, out, lse.mT)
+    for i in range(b):  # one sequence at a time, without copies
+        o, s, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            _fold(q[i], *where), _fold(k[i], *where, True), _fold(v[i], *where, True), None, True, 0.0, True)
+        window = _fold(lse[i], *where)
+        joined = torch.logaddexp(window, s.view(window.shape))
+        _fold(out[i], *where).lerp_(o, torch.exp(s.view(window.shape) - joined)[..., None].to(o.dtype))
+        window.copy_(joined)
+    return out[:, :l].contiguous(), lse[:, :l].mT.contiguous()
 
 
-def _attend_backward_kernel(grad, q, k, v, out, lse, first, step, L):
-    b, l, h, d = q.shape
+@torch.library.custom_op(f"{__name__}::attend_backward", mutates_args=())
+def _attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, first: Tensor, step: int,
+                     L: int) -> tuple[Tensor, Tensor, Tensor]:
+    (b, l, h, d), first, fold, grad = q.shape, int(first), _fold_fits(q, step), grad.contiguous()
     dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
-    scale, n_ends = math.log2(math.e) / math.sqrt(d), max(0, (l - first - L - 2) // step + 1)
+    scale, n_ends = math.log2(math.e) / math.sqrt(d), 0 if fold else max(0, (l - first - L - 2) // step + 1)
     M, N, warps, stages = TILES["dq"]
-    _attend_dq_kernel[(triton.cdiv(l, M), b * h)](q, k, v, out, grad, lse, delta, dq, l, L, first, scale, step, h, d, M, N,
-                                                  num_warps=warps, num_stages=stages)
+    _attend_dq_kernel[(triton.cdiv(l, M), b * h)](q, k, v, out, grad, lse, delta, dq, l, L, NEVER if fold else first, scale, step,
+                                                  h, d, M, N, num_warps=warps, num_stages=stages)
     for chunks, keys in ((0, l), (1, n_ends)):
         M, N, warps, stages = TILES["dkv chunks" if chunks else "dkv window"]
         if keys:
             _attend_dkv_kernel[(triton.cdiv(keys, N), b * h)](q, k, v, grad, lse, delta, dk, dv, l, L, first, scale,
                                                               chunks, step, h, d, M, N, num_warps=warps, num_stages=stages)
-    return dq, dk, dv
+    if not fold:
+        return dq, dk, dv
+    where = first, step, L
+    grad, q, k, v, out, dq, dk, dv, lse = _padded(*where, grad, q, k, v, out, dq, dk, dv, lse.mT)
+    zero = torch.zeros((), dtype=torch.long, device=q.device)
+    for i in range(b):
+        keys = _fold(k[i], *where, True)
+        gq, gk, gv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            _fold(grad[i], *where), _fold(q[i], *where), keys, _fold(v[i], *where, True), _fold(out[i], *where),
+            _fold(lse[i], *where)[..., None], zero, zero, None, None, None, keys.shape[2], keys.shape[2], 0.0, True)
+        _fold(dq[i], *where).add_(gq)
+        for whole, part in ((dk, gk), (dv, gv)):                                  # all phases' gradients of each key
+            whole[i, first::step][:part.shape[2]].add_(part.sum(1).transpose(0, 1))
+    return tuple(t[:, :l].contiguous() for t in (dq, dk, dv))
+
+
+_attend.register_fake(lambda q, k, v, first, step, L: (torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)))
+_attend_backward.register_fake(lambda grad, q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
+
+
+def _attend_setup(ctx, inputs, output):
+    *tensors, first, ctx.step, ctx.L = inputs
+    ctx.save_for_backward(*tensors, *output, first)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _attend_vjp(ctx, grad, _):
+    return *_attend_backward(grad, *ctx.saved_tensors, ctx.step, ctx.L), None, None, None
+
+
+_attend.register_autograd(_attend_vjp, setup_context=_attend_setup)
 
 
 def _ssm_launch(x, w, bias, A, D, first, step, inner, dy=None):

@@ -417,7 +417,9 @@ def add_options(parser, cls):
         field = re.match(r"    (\w+): (.+?)(?: = .*?)?\s+# (.*)", line)
         if field and field[1] != "vocab_size":
             kind = next((t for n, t in (("int", int), ("float", float), ("bool", bool)) if n in field[2]), str)
-            def parse(text, kind=kind, optional="Optional" in field[2]):
+            def parse(text, kind=kind, optional="Optional" in field[2] or "None" in field[2], layers="tuple" in field[2]):
+                if layers and "," in text:
+                    return tuple(parse(part) for part in text.split(","))
                 if optional and text.lower() == "none":
                     return None
                 return ("false", "true").index(text.lower()) == 1 if kind is bool else kind(text)
