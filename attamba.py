@@ -38,6 +38,7 @@ s                  which of the two SSMs: 0 makes the keys, 1 the values
 """
 import math
 import os
+import sys
 from dataclasses import dataclass, replace
 from typing import Callable, Iterator, Optional, Union
 
@@ -96,51 +97,12 @@ class AttambaConfig:
     norm_eps: float = 1e-5                     # epsilon of every RMSNorm
 
     def __post_init__(self):
-        def check(name, ok, allowed):
-            if not ok:
-                raise ValueError(f"{name} must be {allowed}, but it is {getattr(self, name)!r}")
-
-        def check_int(name, least=1, none=False, layers=False):
-            value = getattr(self, name)
-            if layers and isinstance(value, (tuple, list)):
-                check(name, len(value) == self.n_layers, f"one value, or one for each of the {self.n_layers} layers")
-                setattr(self, name, values := tuple(value))
-            else:
-                values = (value,)
-            whole = all(isinstance(v, int) and not isinstance(v, bool) and v >= least or none and v is None for v in values)
-            check(name, whole, f"an integer of at least {least}" + (" or None" if none else ""))
-
-        for name in ("vocab_size", "dim", "n_layers", "n_heads", "ssm_state", "conv_size"):
-            check_int(name)
-        for name in ("n_kv_heads", "head_dim", "hidden_dim", "ssm_inner", "ssm_heads"):
-            check_int(name, none=True)
-        check_int("chunk_size", none=True, layers=True)
-        check_int("leading_tokens", least=0, none=True, layers=True)
-        check_int("chunking_seed", least=0)
-        check("kv", self.kv in ("ssm", "linear", "linear+ssm"), '"ssm", "linear" or "linear+ssm"')
-        check("chunking", self.chunking in ("uniform", "cyclic", "random") or callable(self.chunking),
-              '"uniform", "cyclic", "random" or a callable (tokens, positions, layer) -> bool (b, l)')
-        check("rope_theta", self.rope_theta > 0, "positive")
-        check("norm_eps", self.norm_eps > 0, "positive")
-        if self.head_dim is None:
-            check("n_heads", self.dim % self.n_heads == 0, f"a divisor of dim ({self.dim})")
-        self.n_kv_heads = self.n_kv_heads or self.n_heads
-        self.head_dim = self.head_dim or self.dim // self.n_heads
-        self.hidden_dim = self.hidden_dim or 3 * self.dim
-        self.ssm_inner = self.ssm_inner or max(1, self.dim // 2)
-        self.ssm_heads = self.ssm_heads or self.n_heads
-        check("n_kv_heads", self.n_heads % self.n_kv_heads == 0, f"a divisor of n_heads ({self.n_heads})")
-        check("head_dim", self.head_dim % 2 == 0, "even (rotary positions turn pairs of channels)")
-        if self.kv == "ssm":  # the residual k = a + SSM(a) needs a's head slices
-            check("head_dim", self.head_dim * self.n_heads == self.dim,
-                  f'dim / n_heads ({self.dim / self.n_heads:g}) when kv="ssm"; thinner heads need kv="linear+ssm"')
-        if "ssm" in self.kv:
-            check("ssm_heads", self.ssm_inner % self.ssm_heads == 0, f"a divisor of ssm_inner ({self.ssm_inner})")
+        _fill_and_check(self)
 
     def of_layer(self, layer: int) -> "AttambaConfig":
         """The same with chunk_size and leading_tokens of that layer."""
         P, L = (v[layer] if isinstance(v, tuple) else v for v in (self.chunk_size, self.leading_tokens))
-        return replace(self, chunk_size=P, leading_tokens=L, n_layers=self.n_layers)
+        return replace(self, chunk_size=P, leading_tokens=L)
 
 
 # ---------------------------------------------------------------------------------------
@@ -173,7 +135,7 @@ class Attamba(nn.Module):
         Raises ValueError for wrong dtypes, shapes, an empty sequence, a full or foreign cache,
         IndexError for ids outside the vocabulary (not checked inside torch.compile).
         """
-        self._check(tokens, boundaries, cache)
+        _check_call(self.config, tokens, boundaries, cache)
         if cache and boundaries is None and _graph_fits(self, tokens, cache):
             return _replay(self, tokens, cache)
         ends = self._boundaries(tokens, boundaries, cache)
@@ -200,22 +162,6 @@ class Attamba(nn.Module):
             # Compiling a block is for training: with a cache, which Python steers, it runs as it is.
             x = block.forward(x, boundaries[i], cache.layers[i], rope) if cache else block(x, boundaries[i], None, rope)
         return self.head(self.norm(x))                                            # (b, l, vocab_size)
-
-    def _check(self, tokens, boundaries, cache):
-        def got(t):
-            return f"but got {t.dtype} {tuple(t.shape)}"
-        if tokens.dtype not in (torch.int64, torch.int32) or tokens.dim() != 2 or tokens.numel() == 0:
-            raise ValueError(f"tokens must be int64 of shape (batch, length), not empty, {got(tokens)}")
-        if boundaries is not None and (boundaries.dtype != torch.bool or boundaries.shape != tokens.shape):
-            raise ValueError(f"boundaries must be bool of shape {tuple(tokens.shape)}, {got(boundaries)}")
-        if cache is not None and (cache.batch_size != len(tokens) or cache.config != self.config):
-            raise ValueError(f"this cache was made for batch size {cache.batch_size} and {cache.config}, "
-                             f"but it is used with batch size {len(tokens)} and {self.config}")
-        if not torch.compiler.is_compiling():
-            low, high = torch.stack(tokens.aminmax()).tolist()
-            if low < 0 or high >= self.config.vocab_size:
-                raise IndexError(f"token ids must lie in 0 ... {self.config.vocab_size - 1}, "
-                                 f"but they range from {low} to {high}")
 
     def new_cache(self, batch_size: int, max_len: int, max_chunks: Optional[int] = None) -> "Cache":
         """Allocate everything that decoding up to max_len tokens needs, at once.
@@ -449,15 +395,6 @@ def first_end(config: AttambaConfig, layer: Union[int, Tensor]) -> Union[int, Te
         return config.chunk_size - 1 - phase
 
 
-def _call_rule(rule, tokens, positions, layer):
-    """A callable chunking, checked: bool (b, l)."""
-    ends = rule(tokens, positions, layer)
-    if not isinstance(ends, Tensor) or ends.dtype != torch.bool or ends.shape != tokens.shape:
-        got = f"{ends.dtype} {tuple(ends.shape)}" if isinstance(ends, Tensor) else type(ends).__name__
-        raise ValueError(f"a chunking rule must return bool of shape {tuple(tokens.shape)}, but it returned {got}")
-    return ends
-
-
 # ---------------------------------------------------------------------------------------
 # What makes a chunk's key and value? A Mamba-2 SSM whose state restarts with every chunk.
 
@@ -491,20 +428,14 @@ class ChunkSSM(nn.Module):
         """a (b, l, dim_in) or, if W_K and W_V are kept, (b, l, 2, dim_in); boundaries (b or 1, l) bool or None for
         none; state as in LayerCache -> [keys, values] (b, l, dim_out) each, (h, conv) after the last token.
         first: as in `attend`; the sequence must then start at position 0."""
-        c, P, l = self.config, self.config.chunk_size, a.shape[1]
+        c, l = self.config, a.shape[1]
         x = self._project(a)                                                      # (b, l, 2, z | dt | u B C)
-        kernel = first is not None and _ssm_kernel_fits(x, c)
-        if first is None or P is None or not kernel and torch.compiler.is_compiling():
+        if first is not None and _ssm_kernel_fits(x, c, c.chunk_size or NEVER):
+            y = _ssm(x, self.w_conv, *self._rates(x), first, c.chunk_size, c.ssm_inner).movedim(0, 2)
+            if h is not None and (last := l - (l - 1 - int(first)) % c.chunk_size if l > first else 0) < l:
+                _, h, conv = self._mix(x[:, last:], boundaries[:, last:], h, conv)    # the state of the last chunk
+        else:
             y, h, conv = self._mix(x, boundaries, h, conv)                        # (b, l, 2, inner)
-            return self._out(y, x.dtype), (h, conv)
-        if kernel:
-            y = _ssm(x, self.w_conv, *self._rates(x), first, P, c.ssm_inner).movedim(0, 2)
-        else:  # each chunk is a sequence of its own, so they make a batch; the first one lacks some tokens
-            front = P - 1 - int(first)
-            chunks = F.pad(x, (0, 0, 0, 0, front, -(front + l) % P)).unflatten(1, (-1, P)).flatten(0, 1)
-            y = self._mix(chunks)[0].unflatten(0, (len(x), -1)).flatten(1, 2)[:, front:front + l]
-        if h is not None and (last := l - (l - 1 - int(first)) % P if l > first else 0) < l:
-            _, h, conv = self._mix(x[:, last:], boundaries[:, last:], h, conv)    # the state of the last chunk
         return self._out(y, x.dtype), (h, conv)
 
     def _project(self, a):
@@ -904,6 +835,120 @@ def sample(logits: Tensor, temperature: float, top_k: Optional[int], top_p: Opti
 
 
 # ---------------------------------------------------------------------------------------
+# What is refused?
+
+def _fill_and_check(config):
+    """Fill in what is None by default; ValueError for what is out of range."""
+    def check(name, ok, allowed):
+        if not ok:
+            raise ValueError(f"{name} must be {allowed}, but it is {getattr(config, name)!r}")
+
+    def check_int(name, least=1, none=False, layers=False):
+        value = getattr(config, name)
+        if layers and isinstance(value, (tuple, list)):
+            check(name, len(value) == config.n_layers, f"one value, or one for each of the {config.n_layers} layers")
+            setattr(config, name, values := tuple(value))
+        else:
+            values = (value,)
+        whole = all(isinstance(v, int) and not isinstance(v, bool) and v >= least or none and v is None for v in values)
+        check(name, whole, f"an integer of at least {least}" + (" or None" if none else ""))
+
+    for name in ("vocab_size", "dim", "n_layers", "n_heads", "ssm_state", "conv_size"):
+        check_int(name)
+    for name in ("n_kv_heads", "head_dim", "hidden_dim", "ssm_inner", "ssm_heads"):
+        check_int(name, none=True)
+    check_int("chunk_size", none=True, layers=True)
+    check_int("leading_tokens", least=0, none=True, layers=True)
+    check_int("chunking_seed", least=0)
+    check("kv", config.kv in ("ssm", "linear", "linear+ssm"), '"ssm", "linear" or "linear+ssm"')
+    check("chunking", config.chunking in ("uniform", "cyclic", "random") or callable(config.chunking),
+          '"uniform", "cyclic", "random" or a callable (tokens, positions, layer) -> bool (b, l)')
+    check("rope_theta", config.rope_theta > 0, "positive")
+    check("norm_eps", config.norm_eps > 0, "positive")
+    if config.head_dim is None:
+        check("n_heads", config.dim % config.n_heads == 0, f"a divisor of dim ({config.dim})")
+    config.n_kv_heads = config.n_kv_heads or config.n_heads
+    config.head_dim = config.head_dim or config.dim // config.n_heads
+    config.hidden_dim = config.hidden_dim or 3 * config.dim
+    config.ssm_inner = config.ssm_inner or max(1, config.dim // 2)
+    config.ssm_heads = config.ssm_heads or config.n_heads
+    check("n_kv_heads", config.n_heads % config.n_kv_heads == 0, f"a divisor of n_heads ({config.n_heads})")
+    check("head_dim", config.head_dim % 2 == 0, "even (rotary positions turn pairs of channels)")
+    if config.kv == "ssm":  # the residual k = a + SSM(a) needs a's head slices
+        check("head_dim", config.head_dim * config.n_heads == config.dim,
+              f'dim / n_heads ({config.dim / config.n_heads:g}) when kv="ssm"; thinner heads need kv="linear+ssm"')
+    if "ssm" in config.kv:
+        check("ssm_heads", config.ssm_inner % config.ssm_heads == 0, f"a divisor of ssm_inner ({config.ssm_inner})")
+
+
+def _check_call(config, tokens, boundaries, cache):
+    def got(t):
+        return f"but got {t.dtype} {tuple(t.shape)}"
+    if tokens.dtype not in (torch.int64, torch.int32) or tokens.dim() != 2 or tokens.numel() == 0:
+        raise ValueError(f"tokens must be int64 of shape (batch, length), not empty, {got(tokens)}")
+    if boundaries is not None and (boundaries.dtype != torch.bool or boundaries.shape != tokens.shape):
+        raise ValueError(f"boundaries must be bool of shape {tuple(tokens.shape)}, {got(boundaries)}")
+    if cache is not None and (cache.batch_size != len(tokens) or cache.config != config):
+        raise ValueError(f"this cache was made for batch size {cache.batch_size} and {cache.config}, "
+                         f"but it is used with batch size {len(tokens)} and {config}")
+    if not torch.compiler.is_compiling():
+        low, high = torch.stack(tokens.aminmax()).tolist()
+        if low < 0 or high >= config.vocab_size:
+            raise IndexError(f"token ids must lie in 0 ... {config.vocab_size - 1}, "
+                             f"but they range from {low} to {high}")
+
+
+def _call_rule(rule, tokens, positions, layer):
+    """A callable chunking, checked: bool (b, l)."""
+    ends = rule(tokens, positions, layer)
+    if not isinstance(ends, Tensor) or ends.dtype != torch.bool or ends.shape != tokens.shape:
+        got = f"{ends.dtype} {tuple(ends.shape)}" if isinstance(ends, Tensor) else type(ends).__name__
+        raise ValueError(f"a chunking rule must return bool of shape {tuple(tokens.shape)}, but it returned {got}")
+    return ends
+
+
+# ---------------------------------------------------------------------------------------
+# How does it look? python attamba.py, or python attamba.py "some text"
+
+def demo(text: str = "Attamba reads each chunk token by token and keeps one key and one value of it.") -> None:
+    """Print what two layers see, what a chunk's last token remembers, that two ways of computing agree,
+    how the cache grows, and where the chunks of a text end."""
+    torch.manual_seed(0)
+    config = AttambaConfig(vocab_size=256, dim=64, n_layers=2, n_heads=2, chunk_size=4, leading_tokens=2)
+    print("What a query (row) sees: w its window, C a finished chunk. P 4, L 2.\n\nlayer 0" + " " * 31 + "layer 1")
+    masks = [attention_mask(chunk_ends(config, torch.arange(17), layer)[None], 2)[0].tolist() for layer in range(2)]
+    for t in range(12):
+        rows = (" ".join(".wC"[see + (see and t - s > 2)] for s, see in enumerate(mask[t])) for mask in masks)
+        print("     ".join(rows))
+
+    ssm = AttambaAttention(config, 0).ssm
+    dt, A = F.softplus(ssm.dt_bias[0]), -ssm.A_log[0].exp()
+    print("\nWhat the state at the end of a chunk keeps of its 8 tokens (a fresh SSM):\n")
+    for head, rate in enumerate((dt * A).tolist()):
+        print(f"head {head}   " + " ".join(f"{math.exp(rate * (7 - t)):5.2f}" for t in range(8)))
+
+    model, tokens = Attamba(config), torch.randint(256, (1, 100))
+    with torch.no_grad():
+        cache = model.new_cache(1, 100)
+        steps = torch.cat([model(t, cache=cache) for t in tokens.split(1, 1)], 1)
+        error = (steps - model(tokens)).abs().max().item()
+    print(f"\n100 tokens step by step and all at once: the logits differ by at most {error:.1e}")
+
+    print("\nKV cache of one sequence, MB (dim 128, 4 layers, float32, P 8, L 64)\n\n tokens  transformer  Attamba")
+    shape = dict(vocab_size=8, dim=128, n_layers=4, n_heads=4)
+    models = [Attamba(AttambaConfig(**shape, **c)) for c in (dict(kv="linear", leading_tokens=None), {})]
+    for t in (1, 64, 256, 1024, 4096, 16384):
+        a, b = (m.new_cache(1, t).nbytes / 1e6 for m in models)
+        print(f"{t:7}  {a:11.2f}  {b:7.2f}  {'#' * max(1, round(b / 1.5))}{'-' * round((a - b) / 1.5)}")
+
+    print("\nWhere chunks end in this text, byte by byte (P 8, 4 layers, cyclic):\n")
+    data = text.encode()
+    for layer in range(4):
+        ends = chunk_ends(replace(config, chunk_size=8, n_layers=4), torch.arange(len(data)), layer).tolist()
+        print("".join(chr(c) if 32 <= c < 127 else "?" for c in data[:76]), "".join("^" if e else " " for e in ends[:76]), sep="\n")
+
+
+# ---------------------------------------------------------------------------------------
 # The optional CUDA path: the same results by Triton kernels, for chunks of a fixed step.
 # Everything above is complete without it; nothing below is needed to understand Attamba.
 
@@ -912,10 +957,10 @@ def _kernels_fit(q: Tensor) -> bool:
             and q.shape[-1] in (16, 32, 64, 128))
 
 
-def _ssm_kernel_fits(x: Tensor, config: AttambaConfig) -> bool:
+def _ssm_kernel_fits(x: Tensor, config: AttambaConfig, tokens: int = 1) -> bool:
     p, n, h = config.ssm_inner // config.ssm_heads, config.ssm_state, config.ssm_heads
     return (triton is not None and (x.is_cuda or INTERPRET) and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-            and (config.chunk_size or 1) <= 64 and p in (16, 32, 64, 128) and n in (16, 32, 64, 128) and h & (h - 1) == 0)
+            and tokens <= 64 and p in (16, 32, 64, 128) and n in (16, 32, 64, 128) and h & (h - 1) == 0)
 
 
 # Queries and keys per tile, warps, pipeline stages: the fastest of those measured on an H200.
@@ -1424,3 +1469,7 @@ def _ssm_vjp(ctx, dy):
 
 
 _ssm.register_autograd(_ssm_vjp, setup_context=_ssm_setup)
+
+
+if __name__ == "__main__":
+    demo(*sys.argv[1:2])
