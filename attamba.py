@@ -568,39 +568,38 @@ def ssm_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
     if boundaries is None:
         boundaries = torch.zeros(1, l, dtype=torch.bool, device=u.device)
     block = min(block, l)
-    pad = -l % block                                                              # dt = 0 on padding: no effect
 
     def blocks(t):
-        """(b, l, ...) -> (b, c, block, ...)"""
-        t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) if pad else t
-        return t.unflatten(1, (-1, block))
+        return _blocks(t, block)
+
+    def per_group(t):
+        """(b, c, H, ...) -> (b, c, g, H/g, ...)"""
+        return t.unflatten(2, (g, -1))
 
     with torch.autocast(u.device.type, enabled=False):
         u, dt, B, C = (t.to(dtype) for t in (u, dt, B, C))
         x = blocks(u * dt[..., None]).transpose(2, 3)                             # (b, c, H, q, p)
-        log_a = blocks((dt * A).clamp(min=FORGOTTEN)).transpose(2, 3)             # (b, c, H, q), <= 0
+        cum = blocks((dt * A).clamp(min=FORGOTTEN)).transpose(2, 3).cumsum(-1)    # (b, c, H, q), <= 0
         B, C = blocks(B).transpose(2, 3), blocks(C).transpose(2, 3)               # (b, c, g, q, n)
         ends = blocks(boundaries)                                                 # (b, c, q)
-        chunk = ends.cumsum(-1) - ends.long()                                     # chunk number within the block
-        n_ends = ends.sum(-1, keepdim=True)                                       # (b, c, 1)
-        cum = log_a.cumsum(-1)                                                    # (b, c, H, q)
-
-        def per_group(t):
-            """(b, c, H, ...) -> (b, c, g, H/g, ...)"""
-            return t.unflatten(2, (g, -1))
-
+        chunk, n_ends = ends.cumsum(-1) - ends.long(), ends.sum(-1, keepdim=True) # number of the chunk in the block
         M = per_group(_decays(cum, chunk)) * (C @ B.mT).unsqueeze(3)              # (b, c, g, H/g, q, q)
         y = M.flatten(2, 3) @ x                                                   # (b, c, H, q, p)
         # What survives the block: the tokens after its last boundary ...
         left = x * (torch.exp(cum[..., -1:] - cum) * (chunk == n_ends)[:, :, None])[..., None]
         s = per_group(left).mT.flatten(3, 4) @ B                                  # (b, c, g, H/g p, n)
         # ... and what enters it, seen by the tokens up to its first boundary.
-        entering, h = _carry(cum[..., -1], n_ends[..., 0] > 0, s.view(b, -1, H, p * n), h, block=64)
+        entering, h = _carry(cum[..., -1], n_ends[..., 0] > 0, s.view(b, -1, H, p * n), h)
         seen = C @ entering.view(b, -1, g, H // g * p, n).mT                      # (b, c, g, q, H/g p)
         seen = seen.unflatten(-1, (H // g, p)).transpose(3, 4).flatten(2, 3)      # (b, c, H, q, p)
         y = y + seen * (torch.exp(cum) * (chunk == 0)[:, :, None])[..., None]
         y = y.transpose(2, 3).flatten(1, 2)[:, :l] + D[:, None] * u               # (b, l, H, p)
     return y, h.view(b, H, p, n)
+
+
+def _blocks(t: Tensor, size: int) -> Tensor:
+    """(b, l, ...) -> (b, c, size, ...), zeros behind the sequence: with dt = 0 a token has no effect."""
+    return F.pad(t, (0, 0) * (t.dim() - 2) + (0, -t.shape[1] % size)).unflatten(1, (-1, size))
 
 
 def _decays(cum: Tensor, chunk: Tensor) -> Tensor:
@@ -610,27 +609,23 @@ def _decays(cum: Tensor, chunk: Tensor) -> Tensor:
     return torch.exp((cum[..., :, None] - cum[..., None, :]).clamp(max=0)) * same
 
 
-def _carry(log_a: Tensor, reset: Tensor, s: Tensor, h: Optional[Tensor], block: int) -> tuple[Tensor, Tensor]:
+def _carry(log_a: Tensor, reset: Tensor, s: Tensor, h: Optional[Tensor], block: int = 64) -> tuple[Tensor, Tensor]:
     """States between blocks: h_{c+1} = a_c h_c + s_c with a_c = 0 where reset. It is the same kind
     of recurrence as the tokens', so it is solved in the same way, blocks of blocks, recursively.
-    log_a (b, c, H), reset (b or 1, c), s (b, c, H, f), h (b, H, f...) or None -> (b, c, H, f) states
-    entering each block, (b, H, f) the last."""
+    log_a (b, c, H), reset (b or 1, c), s (b, c, H, f), h (b, H, f...) or None for zero -> (b, c, H, f)
+    states entering each block, (b, H, f) the last."""
     b, c, H, f = s.shape
     h = s.new_zeros(b, H, f) if h is None else h.reshape(b, H, f).to(s.dtype)
     if c == 1:
         keep = torch.exp(log_a[:, 0]) * ~reset[:, :1]                             # (b, H)
         return h[:, None], keep[..., None] * h + s[:, 0]
-    pad = -c % (block := min(block, c))
-    log_a = F.pad(log_a.clamp(min=FORGOTTEN), (0, 0, 0, pad)).unflatten(1, (-1, block)).transpose(2, 3)          # (b, C, H, q)
-    reset = F.pad(reset, (0, pad)).unflatten(1, (-1, block)).cumsum(-1)                     # (b, C, q) ids
-    s = F.pad(s, (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, block)).transpose(2, 3)            # (b, C, H, q, f)
-    cum = log_a.cumsum(-1)
-    inside = _decays(cum, reset) @ s                                                        # (b, C, H, q, f)
-    entering, last = _carry(cum[..., -1], reset[..., -1] > 0, inside[..., -1, :], h, block)
-    after = inside + entering[..., None, :] * (torch.exp(cum) * (reset == 0)[:, :, None])[..., None]
-    after = after.transpose(2, 3).flatten(1, 2)[:, :c]                                      # (b, c, H, f)
+    log_a, reset, s = (_blocks(t, min(block, c)) for t in (log_a.clamp(min=FORGOTTEN), reset, s))     # (b, C, q, ...)
+    cum, resets, s = log_a.transpose(2, 3).cumsum(-1), reset.cumsum(-1), s.transpose(2, 3)            # (b, C, H, q, ...)
+    inside = _decays(cum, resets) @ s                                             # (b, C, H, q, f)
+    entering, last = _carry(cum[..., -1], resets[..., -1] > 0, inside[..., -1, :], h)
+    after = inside + entering[..., None, :] * (torch.exp(cum) * (resets == 0)[:, :, None])[..., None]
+    after = after.transpose(2, 3).flatten(1, 2)[:, :c]                            # (b, c, H, f)
     return torch.cat([h[:, None], after[:, :-1]], 1), last
-
 
 
 # ---------------------------------------------------------------------------------------
@@ -652,7 +647,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, leading_tokens: 
     if q.shape[1] != k.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     if first is not None and lq == l and _kernels_fit(q):
-        return _attend(*(t.transpose(1, 2).contiguous() for t in (q, k, v)), first, P or l, L)[0].transpose(1, 2)
+        return _attend(*(t.transpose(1, 2).contiguous() for t in (q, k, v)), first, P or 1, L)[0].transpose(1, 2)
 
     compiling = torch.compiler.is_compiling()          # then sizes must not depend on data: upper bounds
     if first is None:  # the tokens that end a chunk, l (nobody) where a row has fewer: (b or 1, count)
@@ -1321,8 +1316,8 @@ def _replay(model: Attamba, tokens: Tensor, cache: Cache) -> Tensor:
 # log-sum-exps [5]: the softmax over both is exp(score - lse) with the joined lse, so the backward of each, called with the
 # joined out and lse, gives exact gradients.
 
-def _fold_fits(q, step):
-    return (q.is_cuda and q.dtype != torch.float32 and q.shape[1] // step >= FOLD_FROM
+def _fold_fits(q, first, step):
+    return (q.is_cuda and q.dtype != torch.float32 and (q.shape[1] - first) // step >= FOLD_FROM
             and torch.cuda.get_device_capability(q.device) >= (9, 0))
 
 
@@ -1342,7 +1337,7 @@ def _padded(first, step, L, *tensors):
 @torch.library.custom_op(f"{__name__}::attend", mutates_args=())
 def _attend(q: Tensor, k: Tensor, v: Tensor, first: Tensor, step: int, L: int) -> tuple[Tensor, Tensor]:
     """q, k, v (b, l, h, d), the rest as in `attend` -> out (b, l, h, d), lse (b, h, l) float32"""
-    (b, l, h, d), first, fold = q.shape, int(first), _fold_fits(q, step)
+    (b, l, h, d), first, fold = q.shape, int(first), _fold_fits(q, int(first), step)
     out, lse = torch.empty_like(q), torch.empty(b, h, l, dtype=torch.float32, device=q.device)
     M, N, warps, stages = TILES["forward"]
     _attend_forward_kernel[(triton.cdiv(l, M), b * h)](
@@ -1364,7 +1359,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, first: Tensor, step: int, L: int) -
 @torch.library.custom_op(f"{__name__}::attend_backward", mutates_args=())
 def _attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, first: Tensor, step: int,
                      L: int) -> tuple[Tensor, Tensor, Tensor]:
-    (b, l, h, d), first, fold, grad = q.shape, int(first), _fold_fits(q, step), grad.contiguous()
+    (b, l, h, d), first, fold, grad = q.shape, int(first), _fold_fits(q, int(first), step), grad.contiguous()
     dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
     scale, n_ends = math.log2(math.e) / math.sqrt(d), 0 if fold else max(0, (l - first - L - 2) // step + 1)
     M, N, warps, stages = TILES["dq"]

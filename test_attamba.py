@@ -289,10 +289,14 @@ def check_case(seed):
     r = random.Random(seed)
     torch.manual_seed(seed)
     kv, heads, dim = r.choice(["ssm", "ssm", "linear", "linear+ssm"]), r.choice([2, 4]), r.choice([16, 16, 64])
+    layers = r.choice([1, 2, 3])
+
+    def one_or_each(values):  # one for all layers, or one for each
+        return r.choice(values) if r.random() < 0.7 else tuple(r.choice(values) for _ in range(layers))
     config = AttambaConfig(
-        vocab_size=17, dim=dim, n_layers=r.choice([1, 2, 3]), n_heads=heads, n_kv_heads=r.choice([None, 1, 2]), kv=kv,
-        head_dim=None if kv == "ssm" else r.choice([None, 2, 6]), chunk_size=r.choice([None, 1, 2, 4, 7, 8, 20]),
-        leading_tokens=r.choice([None, 0, 1, 5, 64]), chunking=r.choice(["uniform", "cyclic", "random", modulo_rule]),
+        vocab_size=17, dim=dim, n_layers=layers, n_heads=heads, n_kv_heads=r.choice([None, 1, 2]), kv=kv,
+        head_dim=None if kv == "ssm" else r.choice([None, 2, 6]), chunk_size=one_or_each([None, 1, 2, 4, 7, 8, 20]),
+        leading_tokens=one_or_each([None, 0, 1, 5, 64]), chunking=r.choice(["uniform", "cyclic", "random", modulo_rule]),
         chunking_seed=r.choice([0, 7]), tie_embeddings=r.random() < 0.2, ssm_inner=r.choice([None, 4, 32]),
         ssm_state=r.choice([1, 4, 16]), conv_size=r.choice([1, 2, 4]))
     dtype = r.choice([torch.float64, torch.float64, torch.float32, torch.bfloat16])
@@ -567,7 +571,7 @@ def test_chunk_rules():
 
 @pytest.mark.parametrize("field, value", [
     ("vocab_size", 0), ("dim", -1), ("n_layers", 0), ("n_heads", 3), ("n_kv_heads", 3), ("head_dim", 3), ("head_dim", 4), ("kv", "mlp"),
-    ("chunk_size", 0), ("chunk_size", 2.5), ("leading_tokens", -1), ("chunking", "words"), ("ssm_heads", 3),
+    ("chunk_size", 0), ("chunk_size", 2.5), ("chunk_size", (4, 0)), ("leading_tokens", -1), ("leading_tokens", (1, 2, 3)), ("chunking", "words"), ("ssm_heads", 3),
     ("ssm_state", 0), ("conv_size", 0), ("rope_theta", 0.0), ("norm_eps", 0.0)])
 def test_bad_config_names_the_field(field, value):
     with pytest.raises(ValueError, match=f"{field} must be"):
@@ -886,6 +890,16 @@ def test_readme_snippets_run(tmp_path):
         assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize("text", [[], ["Größe"], [""]])
+def test_the_demo_fits_a_terminal(tmp_path, text):
+    """`python attamba.py`, the file alone in a folder: quick, 80 columns, and its two ways of computing agree."""
+    (tmp_path / "attamba.py").write_bytes((HERE / "attamba.py").read_bytes())
+    result = subprocess.run([sys.executable, "-W", "error", "attamba.py", *text], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert float(re.search(r"differ by at most (\S+)", result.stdout)[1]) < 1e-5
+
+
 def test_public_names_have_docstrings():
     for name, thing in vars(attamba).items():
         if getattr(thing, "__module__", "") == "attamba" and not name.startswith("_"):
@@ -897,7 +911,8 @@ def test_public_names_have_docstrings():
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-7), (torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 def test_gpu_agrees_with_cpu(dtype, tolerance):
     """With heads of 32 and states of 16, so that the kernels take part where there are chunks of a fixed step."""
-    for config in (small(dim=64, ssm_state=16), small(dim=64, chunking=modulo_rule), small(dim=64, chunk_size=None)):
+    for changes in (dict(), dict(chunking=modulo_rule), dict(chunk_size=(None, 4), leading_tokens=(5, None))):
+        config = small(dim=64, ssm_state=16, **changes)
         exact = Attamba(config).double()
         model = Attamba(config).cuda()
         model.load_state_dict(exact.state_dict())
@@ -913,7 +928,7 @@ def test_gpu_agrees_with_cpu(dtype, tolerance):
 
 
 @pytest.mark.skipif(attamba.triton is None or not attamba.INTERPRET, reason="needs triton and TRITON_INTERPRET=1")
-@pytest.mark.parametrize("P, length", [(5, 23), (8, 70)])
+@pytest.mark.parametrize("P, length", [(5, 23), (8, 70), ((None, 4), 40)])
 def test_kernels_in_the_interpreter(P, length):
     """The CUDA kernels without a GPU. (float32: Triton 3.6's interpreter gets bfloat16 products wrong.)"""
     warnings.simplefilter("ignore")  # the interpreter's own; pytest restores them
