@@ -124,8 +124,9 @@ class Attamba(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         if config.chunking in ("uniform", "cyclic"):   # first chunk end and step of each layer, for a step of decoding
-            grid = [(int(block.attention.first), block.attention.config.chunk_size or 2 * NEVER) for block in self.blocks]
-            self.register_buffer("grid", torch.tensor(grid).T[..., None, None], persistent=False)     # (2, layers, 1, 1)
+            layers = [block.attention for block in self.blocks]
+            grid = torch.tensor([(int(a.first), a.config.chunk_size or 2 * NEVER) for a in layers])
+            self.register_buffer("grid", grid.T[..., None, None], persistent=False)                   # (2, layers, 1, 1)
 
     def forward(self, tokens: Tensor, boundaries: Optional[Tensor] = None, cache: Optional["Cache"] = None) -> Tensor:
         """tokens (b, l) int64 -> logits (b, l, vocab_size).
@@ -261,14 +262,14 @@ class AttambaAttention(nn.Module):
 
     def new_cache(self, batch_size: int, max_len: int, max_chunks: Optional[int] = None) -> "LayerCache":
         """Cache of this layer alone; see Attamba.new_cache."""
-        for name, value, least in (("batch_size", batch_size, 1), ("max_len", max_len, 1), ("max_chunks", max_chunks, 0)):
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, but it is {value}")
+        for name, value in (("batch_size", batch_size), ("max_len", max_len), ("max_chunks", max_chunks)):
+            if value is not None and value < (name != "max_chunks"):
+                raise ValueError(f"{name} must be at least {name != 'max_chunks':d}, but it is {value}")
         L, roomy = self.config.leading_tokens, max_chunks is None
         if roomy:  # only a token that has left the window needs an entry
             outside = 0 if L is None else max(0, max_len - L - 1)
             max_chunks = outside if callable(self.config.chunking) else int(self.boundaries(outside).sum())
-        return LayerCache(self.config, batch_size, max_len, max_chunks, roomy, self.wq.weight.dtype, self.wq.weight.device)
+        return LayerCache(self.config, batch_size, max_len, max_chunks, roomy, self.wq.weight)
 
     def forward(self, x: Tensor, boundaries: Optional[Tensor] = None, cache: Optional["LayerCache"] = None,
                 rope: Optional[tuple[Tensor, Tensor]] = None) -> Tensor:
@@ -284,7 +285,8 @@ class AttambaAttention(nn.Module):
         q = self.wq(x).unflatten(-1, (c.n_heads, c.head_dim))                     # (b, l, heads, head_dim)
         k, v = (t.unflatten(-1, (c.n_kv_heads, c.head_dim)) for t in self.keys_values(x, ends, first, cache))
         rope = rope or rope_angles(start, l, c.head_dim, c.rope_theta, x.device)
-        q, k, v = (t.to(q.dtype).transpose(1, 2) for t in (rotate(q, *rope), rotate(k, *rope), v))   # (b, heads, l, ...)
+        k, v = rotate(k, *rope).to(q.dtype), v.to(q.dtype)
+        q, k, v = (t.transpose(1, 2) for t in (rotate(q, *rope).to(q.dtype), k, v))   # (b, heads, l, head_dim)
         if step:  # everything visible lies in the cache
             cache.append(k, v, ends)
             out = cache.attend(q).to(q.dtype)
@@ -414,7 +416,8 @@ class ChunkSSM(nn.Module):
         c = self.config = config
         self.sizes = (c.ssm_inner, c.ssm_heads, c.ssm_inner + 2 * c.ssm_state)    # z | dt | u B C
         self.w_in = nn.Parameter(torch.randn(2, sum(self.sizes), dim_in) * 0.02)
-        self.w_conv = nn.Parameter(torch.empty(c.conv_size, 2, self.sizes[2]).uniform_(-1, 1) / math.sqrt(c.conv_size))
+        conv = torch.empty(c.conv_size, 2, self.sizes[2]).uniform_(-1, 1)
+        self.w_conv = nn.Parameter(conv / math.sqrt(c.conv_size))
         # A fresh state should remember on the order of a chunk: 1 / (dt A) is about 12 tokens in
         # the geometric mean, from 1 to 1000 over the heads. dt_bias is the inverse softplus of dt [2].
         dt = torch.exp(torch.empty(2, c.ssm_heads).uniform_(math.log(1e-3), math.log(1e-1)))
@@ -673,8 +676,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, leading_tokens: 
         s = torch.arange(stop - k_near.shape[2], stop, device=dev)
         window = (s <= t) & (t - s <= L)                                          # (queries, keys)
         mask = torch.cat([ends[:, None, :seen] < t - L, window.expand(len(ends), -1, -1)], 2)
-        out.append(F.scaled_dot_product_attention(q_block, torch.cat([end_k[:, :, :seen], k_near], 2),
-                                                  torch.cat([end_v[:, :, :seen], v_near], 2), attn_mask=mask[:, None]))
+        k_seen, v_seen = torch.cat([end_k[:, :, :seen], k_near], 2), torch.cat([end_v[:, :, :seen], v_near], 2)
+        out.append(F.scaled_dot_product_attention(q_block, k_seen, v_seen, attn_mask=mask[:, None]))
         before, start = block, stop
     return torch.cat(out, 2)
 
@@ -713,8 +716,8 @@ class LayerCache:
     position    int                  tokens seen so far; at most max_len
     """
 
-    def __init__(self, config: AttambaConfig, batch_size: int, max_len: int, max_chunks: int, roomy: bool, dtype, device):
-        c, L = config, config.leading_tokens
+    def __init__(self, config: AttambaConfig, batch_size: int, max_len: int, max_chunks: int, roomy: bool, like: Tensor):
+        c, L, dtype, device = config, config.leading_tokens, like.dtype, like.device
         self.max_len, self.max_chunks, self.roomy, self.position = max_len, max_chunks, roomy, 0
         self.window = W = max_len if L is None else min(L + 1, max_len)
         new = dict(dtype=dtype, device=device)
@@ -730,7 +733,8 @@ class LayerCache:
     @property
     def nbytes(self) -> int:
         """Bytes really allocated: keys, values, chunk bookkeeping and SSM states."""
-        return sum(t.numel() * t.element_size() for t in (self.kv, self.ends, self.n_chunks, self.h, self.conv) if t is not None)
+        tensors = self.kv, self.ends, self.n_chunks, self.h, self.conv
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     def _order(self) -> Tensor:
         """Slots of the ring in use, the oldest token first."""
@@ -741,13 +745,15 @@ class LayerCache:
         """Is there room for these (b or 1, l) new tokens? Raises ValueError if not; changes nothing."""
         l = boundaries.shape[1]
         if self.position + l > self.max_len:
-            raise ValueError(f"the cache is full: it holds {self.position} tokens, {l} more were given, and max_len is {self.max_len}")
+            raise ValueError(f"the cache is full: it holds {self.position} tokens, {l} more were given, "
+                             f"and max_len is {self.max_len}")
         if not (by_rule and self.roomy):  # by_rule: boundaries are those that max_chunks was computed for
             old = self.ends[:, self._order()]
             ends = torch.cat([old, boundaries.expand(len(old), -1)], 1)
             need = int((self.n_chunks + ends[:, :max(0, ends.shape[1] - self.window)].sum(1)).max())
             if need > self.max_chunks:
-                raise ValueError(f"the cache is full: it needs {need} chunk entries, and max_chunks is {self.max_chunks}")
+                raise ValueError(f"the cache is full: it needs {need} chunk entries, "
+                                 f"and max_chunks is {self.max_chunks}")
 
     def context(self, k: Tensor, v: Tensor, boundaries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Entries, window and new tokens as one sequence; an entry is a token that ends a chunk.
@@ -764,7 +770,7 @@ class LayerCache:
     def store(self, k: Tensor, v: Tensor, boundaries: Tensor, l: int) -> None:
         """Keep of `context`, l of whose tokens are new, the last W tokens and the chunk ends before them."""
         self.position += l
-        order, new = self._order(), torch.stack([k, v]).detach().to(self.kv.dtype)                # (2, b, h, e + w + l, d)
+        new, order = torch.stack([k, v]).detach().to(self.kv.dtype), self._order()                # (2, b, h, e + w + l, d)
         ends, w = boundaries.expand(len(self.ends), -1), len(order)
         self.kv[..., order, :], self.ends[:, order] = new[..., -w:, :], ends[:, -w:]
         old = ends[:, :-w]
@@ -773,7 +779,7 @@ class LayerCache:
         self.n_chunks.copy_(old.sum(1))
 
     def append(self, k: Tensor, v: Tensor, boundary: Tensor) -> None:
-        """The same for one new token, without a look at the data: k, v (b, n_kv_heads, 1, head_dim), boundary (b or 1, 1)."""
+        """The same for one new token, without a look at the data. k, v (b, h, 1, head_dim), boundary (b or 1, 1)"""
         slot = torch.as_tensor(self.position % self.window, device=self.ends.device).view(1)
         if self.max_chunks:  # the token that leaves its slot moves to the next free entry if it ended a chunk,
             left = self.ends[:, slot]                                             # (b, 1)
@@ -797,7 +803,8 @@ class LayerCache:
         if min(counts) != max(counts):
             lengths = seen - max(counts) + self.n_chunks[:, None]
             mask = (torch.arange(seen, device=q.device) < lengths)[:, None, None]  # (b, 1, 1, seen)
-        return F.scaled_dot_product_attention(q, self.kv[0][:, :, :seen], self.kv[1][:, :, :seen], attn_mask=mask).view(b, h, 1, d)
+        out = F.scaled_dot_product_attention(q, *self.kv[:, :, :, :seen], attn_mask=mask)
+        return out.view(b, h, 1, d)
 
 
 class Cache:
@@ -940,7 +947,8 @@ def demo(text: str = "Attamba reads each chunk token by token and keeps one key 
     data = text.encode()
     for layer in range(4):
         ends = chunk_ends(replace(config, chunk_size=8, n_layers=4), torch.arange(len(data)), layer).tolist()
-        print("".join(chr(c) if 32 <= c < 127 else "?" for c in data[:76]), "".join("^" if e else " " for e in ends[:76]), sep="\n")
+        print("".join(chr(c) if 32 <= c < 127 else "?" for c in data[:76]))
+        print("".join("^" if e else " " for e in ends[:76]))
 
 
 # ---------------------------------------------------------------------------------------
@@ -969,6 +977,10 @@ if triton is not None:
     FAST = tl.constexpr(not INTERPRET)
 
     @triton.jit
+    def _dot(a, b):
+        return tl.dot(a, b, input_precision="tf32x3")
+
+    @triton.jit
     def _rows(X, t, S, H: tl.constexpr, size: tl.constexpr, D: tl.constexpr):
         """The first D entries at tokens t of X (S, H, size) at one head: (t, D), zero outside 0 ... S - 1."""
         return tl.load(X + t[:, None] * (H * size) + tl.arange(0, D)[None, :], mask=((t >= 0) & (t < S))[:, None], other=0.0)
@@ -989,12 +1001,12 @@ if triton is not None:
         """Online softmax over one more tile of keys: tokens j (KIND 0), chunk ends number j (1), all seen (2)."""
         s = first + j * P if KIND else j
         k, v = _rows(K, s, S, H, D, D), _rows(V, s, S, H, D, D)
-        x = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
+        x = _dot(q, tl.trans(k)) * scale
         if KIND < 2:
             x = tl.where(_seen(t[:, None], s[None, :], L, KIND), x, -float("inf"))
         top = tl.maximum(m, tl.max(x, 1))
         p, shrink = tl.exp2(x - top[:, None]), tl.exp2(m - top)
-        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="tf32x3")
+        acc = acc * shrink[:, None] + _dot(p.to(v.dtype), v)
         return top, z * shrink + tl.sum(p, 1), acc
 
     @triton.jit
@@ -1025,11 +1037,11 @@ if triton is not None:
     def _see_dq(q, g, lse, delta, t, j, K, V, S, L, first, dq, scale, KIND: tl.constexpr, P: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
         s = first + j * P if KIND else j
         k, v = _rows(K, s, S, H, D, D), _rows(V, s, S, H, D, D)
-        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale - lse[:, None])
+        p = tl.exp2(_dot(q, tl.trans(k)) * scale - lse[:, None])
         if KIND < 2:
             p = tl.where(_seen(t[:, None], s[None, :], L, KIND), p, 0.0)
-        ds = p * (tl.dot(g, tl.trans(v), input_precision="tf32x3") - delta[:, None])
-        return dq + tl.dot(ds.to(k.dtype), k, input_precision="tf32x3")
+        ds = p * (_dot(g, tl.trans(v)) - delta[:, None])
+        return dq + _dot(ds.to(k.dtype), k)
 
     @triton.jit
     def _attend_dq_kernel(Q, K, V, O, G, LSE, DELTA, DQ, S, L, first, scale, P: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
@@ -1059,12 +1071,12 @@ if triton is not None:
         q, g = _rows(Q, t, S, H, D, D), _rows(G, t, S, H, D, D)
         lse = tl.load(LSE + t, mask=t < S, other=float("inf")) * 1.4426950408889634
         delta = tl.load(DELTA + t, mask=t < S, other=0.0)
-        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="tf32x3") * scale - lse[None, :])     # (keys, queries): its transpose is
+        p = tl.exp2(_dot(k, tl.trans(q)) * scale - lse[None, :])     # (keys, queries): its transpose is
         if KIND < 2:                                                                             # what both products need
             p = tl.where(_seen(t[None, :], s[:, None], L, KIND), p, 0.0)
-        dv += tl.dot(p.to(g.dtype), g, input_precision="tf32x3")
-        ds = p * (tl.dot(v, tl.trans(g), input_precision="tf32x3") - delta[None, :])
-        return dk + tl.dot(ds.to(q.dtype), q, input_precision="tf32x3"), dv
+        dv += _dot(p.to(g.dtype), g)
+        ds = p * (_dot(v, tl.trans(g)) - delta[None, :])
+        return dk + _dot(ds.to(q.dtype), q), dv
 
     @triton.jit
     def _attend_dkv_kernel(Q, K, V, G, LSE, DELTA, DK, DV, S, L, first, scale, KIND: tl.constexpr, P: tl.constexpr,
@@ -1104,10 +1116,10 @@ if triton is not None:
         for start in range(part * each, tl.minimum(part * each + each, length), N):
             j = start + tl.arange(0, N)
             k, v = _rows(K, j, length, 1, D, D), _rows(V, j, length, 1, D, D)
-            x = tl.where((j < length)[None, :], tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale, -float("inf"))
+            x = tl.where((j < length)[None, :], _dot(q, tl.trans(k)) * scale, -float("inf"))
             top = tl.maximum(m, tl.max(x, 1))
             p, shrink = tl.exp2(x - top[:, None]), tl.exp2(m - top)
-            m, z, acc = top, z * shrink + tl.sum(p, 1), acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="tf32x3")
+            m, z, acc = top, z * shrink + tl.sum(p, 1), acc * shrink[:, None] + _dot(p.to(v.dtype), v)
         at = (row * G + g) * parts + part
         tl.store(O + at[:, None] * D + cols, acc / tl.maximum(z, 1e-30)[:, None], mask=(g < G)[:, None])
         tl.store(LSE + at, m + tl.log2(z), mask=g < G)
@@ -1223,8 +1235,8 @@ if triton is not None:
         same = (i[:, None] >= i[None, :]) & (i[:, None] // P == i[None, :] // P)
         x_row, c_row, y_row = (b * S * 2 + s) * size, (b * S * 2 + s) * width, (s * tl.num_programs(1) + b) * S * (H * p)
         at_B = c_row + H * p
-        CB = tl.dot(_silu(_rows(UBC + at_B + n, t, S, 2, width, n))[0].to(X.dtype.element_ty),
-                    tl.trans(_silu(_rows(UBC + at_B, t, S, 2, width, n))[0].to(X.dtype.element_ty)), input_precision="tf32x3")   # (Q, Q)
+        CB = _dot(_silu(_rows(UBC + at_B + n, t, S, 2, width, n))[0].to(X.dtype.element_ty),
+                    tl.trans(_silu(_rows(UBC + at_B, t, S, 2, width, n))[0].to(X.dtype.element_ty)))   # (Q, Q)
         dCB = tl.zeros((Q, Q), tl.float32)
         for h in range(H):
             a, skip = tl.load(A + s * H + h), tl.load(SKIP + s * H + h)
@@ -1236,7 +1248,7 @@ if triton is not None:
             u, slope_u = _silu(_rows(UBC + c_row + h * p, t, S, 2, width, p))
             gate, slope_z = _silu(_rows(X + at_z, t, S, 2, size, p))
             x, M = (u * dt[:, None]).to(X.dtype.element_ty), (CB * decay).to(X.dtype.element_ty)
-            y = tl.dot(M, x, input_precision="tf32x3") + skip * u
+            y = _dot(M, x) + skip * u
             if not BACKWARD:
                 _put(Y + y_row + h * p, t, S, 1, H * p, p, y * gate)
             else:
@@ -1244,7 +1256,7 @@ if triton is not None:
                 _put(DX + at_z, t, S, 2, size, p, dout * y * slope_z)
                 dy = dout * gate
                 low = dy.to(X.dtype.element_ty)
-                dM, dx = tl.dot(low, tl.trans(x), input_precision="tf32x3"), tl.dot(tl.trans(M), low, input_precision="tf32x3")
+                dM, dx = _dot(low, tl.trans(x)), _dot(tl.trans(M), low)
                 flow = dM * CB * decay                                            # d loss / d (cum_i - cum_j)
                 dlog_a = tl.cumsum(tl.sum(flow, 1) - tl.sum(flow, 0), 0, reverse=True)
                 dv = tl.where(inside, (tl.sum(dx * u, 1) + dlog_a * a) * _sigmoid(v), 0.0)
@@ -1260,8 +1272,8 @@ if triton is not None:
             low = dCB.to(X.dtype.element_ty)
             B, slope_B = _silu(_rows(UBC + at_B, t, S, 2, width, n))              # again: cheaper than to keep them
             C, slope_C = _silu(_rows(UBC + at_B + n, t, S, 2, width, n))
-            _put(DUBC + at_B, t, S, 2, width, n, tl.dot(tl.trans(low), C.to(low.dtype), input_precision="tf32x3") * slope_B)
-            _put(DUBC + at_B + n, t, S, 2, width, n, tl.dot(low, B.to(low.dtype), input_precision="tf32x3") * slope_C)
+            _put(DUBC + at_B, t, S, 2, width, n, _dot(tl.trans(low), C.to(low.dtype)) * slope_B)
+            _put(DUBC + at_B + n, t, S, 2, width, n, _dot(low, B.to(low.dtype)) * slope_C)
 
 
 def _attend_cached(q, kv, lengths):
