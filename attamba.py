@@ -274,11 +274,12 @@ class AttambaAttention(nn.Module):
     def forward(self, x: Tensor, boundaries: Optional[Tensor] = None, cache: Optional["LayerCache"] = None,
                 rope: Optional[tuple[Tensor, Tensor]] = None) -> Tensor:
         """x (b, l, d) -> (b, l, d). boundaries: bool (b, l) or (1, l), default config.chunking.
-        cache: from new_cache; x continues it and it advances in place. rope: cos and sin of the
-        positions as from rope_angles (one table can serve all layers); default: made here."""
+        cache: from new_cache; x continues it and it advances in place. rope: cos and sin of the positions
+        as from rope_angles (one table can serve all layers), default: made here; (torch.ones(1), torch.zeros(1))
+        turns nothing, for a model that adds positions of its own."""
         c, l, start = self.config, x.shape[1], cache.position if cache else 0
         ends = self.boundaries(l, start, boundaries)                              # (1 or b, l)
-        if cache and rope is None:  # as a layer on its own; a model has checked all its layers
+        if cache and not cache.in_model:  # a model has checked all its layers before any of them changes
             cache.check(ends, boundaries is None)
         step = cache is not None and l == 1
         first = self.first if boundaries is None and not step and not start else None
@@ -724,7 +725,7 @@ class LayerCache:
         self.kv = torch.zeros(2, batch_size, c.n_kv_heads, W + max_chunks, c.head_dim, **new)
         self.ends = torch.zeros(batch_size, W, dtype=torch.bool, device=device)
         self.n_chunks = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.h = self.conv = None
+        self.h, self.conv, self.in_model = None, None, False
         if "ssm" in c.kv:
             self.h = torch.zeros(batch_size, 2 * c.ssm_heads, c.ssm_inner // c.ssm_heads, c.ssm_state,
                                  dtype=torch.promote_types(dtype, torch.float32), device=device)
@@ -817,6 +818,8 @@ class Cache:
     def __init__(self, layers: list[LayerCache], batch_size: int, config: AttambaConfig):
         self.layers, self.batch_size, self.config = layers, batch_size, config
         self.graph = None                              # of one step, on a GPU
+        for layer in layers:
+            layer.in_model = True
 
     nbytes = property(lambda self: sum(layer.nbytes for layer in self.layers))
     position = property(lambda self: self.layers[0].position)

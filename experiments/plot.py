@@ -95,7 +95,7 @@ def speed_context():
         return
     figure, axes = plt.subplots(1, 1 + len(hardware), figsize=(3.7 * (1 + len(hardware)), 3.5))
     for axis, h in zip(axes, hardware):
-        rows = sorted((int(n.split("S ")[1]), r) for (n, k), r in latest.items() if k == h and n.startswith("training, S"))
+        rows = sorted((int(n.split("S ")[1]), r) for (n, k), r in latest.items() if k == h and n.startswith("training, S") and "state" not in n)
         for model in ("transformer", "attamba"):
             axis.plot([s for s, _ in rows], [r[model] for _, r in rows], "o-", color=COLOURS[model], label={"attamba": "Attamba P 8, L 64"}.get(model, model))
         axis.set(xscale="log", yscale="log", xlabel="context", title=f"training, thousand tokens/s\n{h}")

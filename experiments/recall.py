@@ -24,7 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 from attamba import Attamba, AttambaConfig  # noqa: E402
 from train_tiny import learning_rate, make_optimizer  # noqa: E402
-from variants import general_path  # noqa: E402
 
 SYMBOLS = 32                        # keys, and as many values; one more token separates
 PAIRS, LENGTH = 32, 64              # largest n of the two tasks: at most 128 tokens
@@ -67,8 +66,6 @@ def draw(task, n, generator, rows, device):
 def train(task, config, options, device):
     torch.manual_seed(options.seed)
     model = Attamba(config).to(device)
-    if config.chunk_size == 1:      # one token a chunk: the general path, as the usual one keeps a state for each chunk
-        general_path(model)
     optimizer, generator = make_optimizer(model, options), torch.Generator().manual_seed(options.seed)
     for step in range(options.steps):
         for group in optimizer.param_groups:

@@ -93,11 +93,11 @@ def rows(shape, shrink=1):
         return AttambaConfig(vocab_size=VOCAB, **{**shape, **changes})
 
     @functools.cache
-    def size_of(S, changes, variant):
-        return kv_cost(config(**dict(changes)), S, variant)[1]
+    def size_of(S, changes):
+        return kv_cost(config(**dict(changes)), S)[1]
 
-    def size(S, changes, variant=None):
-        return size_of(S, tuple(sorted(changes.items())), variant)
+    def size(S, changes):
+        return size_of(S, tuple(sorted(changes.items())))
 
     transformer = dict(kv="linear", chunk_size=None, leading_tokens=None)
     window = lambda L: dict(kv="linear", chunk_size=None, leading_tokens=L)
@@ -112,8 +112,11 @@ def rows(shape, shrink=1):
         return dict(changes, leading_tokens=fitted(range(S), lambda L: size(S, dict(changes, leading_tokens=L)), size(S, like)))
 
     def equal_layers(like, S, sizes, **changes):
-        """The same for layers of different chunks: sizes(L) -> (P, L) of each layer."""
-        return V.layers(sizes(fitted(range(S), lambda L: size(S, dict(like, **changes), V.layers(sizes(L))), size(S, like))))
+        """The same for layers of different kinds: sizes(L) -> (P, L) of each layer."""
+        def model(L):
+            P, L = zip(*sizes(L))
+            return dict(changes, chunk_size=P, leading_tokens=L)
+        return model(fitted(range(S), lambda L: size(S, model(L)), size(S, like)))
 
     def narrowed(like, S, heads):
         """A transformer with `heads` key heads, as thick as fits (an even number of channels, to the nearest)."""
@@ -185,13 +188,16 @@ def rows(shape, shrink=1):
 
     # The open problem: one idea at a time against attamba-p8-l64, with its cache unless the name says otherwise.
     thin = dict(kv="linear+ssm", chunk_size=8)
-    mixed = lambda *chunks: dict(variant=equal_layers(main, s1, lambda L: [(chunks[i * len(chunks) // n if len(chunks) < n else i], L) for i in range(n)]))
+    mixed = lambda *chunks: equal_layers(main, s1, lambda L: [(chunks[i * len(chunks) // n if len(chunks) < n else i], L) for i in range(n)])
     whole = lambda L, P=8: [(P, None) if i == n // 2 else (None, L) for i in range(n)]      # one layer keeps every token
 
     def layered(name, sizes, **changes):
-        add("open", name, dict(main, **changes), variant=equal_layers(main, s1, sizes, **changes))
+        add("open", name, equal_layers(main, s1, sizes, **changes))
 
     layered("one-full-layer-rest-window", lambda L: whole(L, None), kv="linear")
+    keep = dict(kv="linear+ssm", chunk_size=None)
+    add("open", "transformer-parameters=ssm-keep", equal_parameters(keep))                  # what the SSMs' parameters would do elsewhere
+    add("open", "full-attention-ssm-keep", dict(keep, leading_tokens=None))                 # and the SSMs without a smaller cache
     for kv, note in (("linear+ssm", "-keep"), ("ssm", "")):
         layered("one-full-layer-rest-window-ssm" + note, whole, kv=kv)
         layered("two-layers-p2-rest-window-ssm" + note, lambda L: [(2, L) if i % 4 == 3 else (None, L) for i in range(n)], kv=kv)
@@ -214,10 +220,10 @@ def rows(shape, shrink=1):
             ("fewer-kv-heads", equal_leading(main, s1, chunk_size=8, n_kv_heads=shape["n_heads"] // 2), {}),
             ("p16-wider-window", equal_leading(main, s1, chunk_size=16), {}),
             ("p32-wider-window", equal_leading(main, s1, chunk_size=32), {}),
-            ("every-other-layer-window-only", main, mixed(*[8, None] * (n // 2))),
-            ("lower-half-window-only", main, mixed(None, 4)),
-            ("p4-below-p16-above", main, mixed(4, 16)),
-            ("p16-below-p4-above", main, mixed(16, 4))):
+            ("every-other-layer-window-only", mixed(*[8, None] * (n // 2)), {}),
+            ("lower-half-window-only", mixed(None, 4), {}),
+            ("p4-below-p16-above", mixed(4, 16), {}),
+            ("p16-below-p4-above", mixed(16, 4), {})):
         add("open", name, model, **more)
     return table
 
@@ -273,8 +279,6 @@ def run(row, seed, text, options, keep, lr, commit):
                 corpus=text.fingerprint, tokens=options.steps * options.batch_size * options.seq_len, seq_len=options.seq_len, seed=seed,
                 params=None, loss=None, perplexity=None, bits_per_byte=None, kv_entries=entries, kv_bytes=nbytes, tokens_per_second=None,
                 device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu", commit=commit, group=row.group)
-    if hasattr(row.variant, "sizes"):
-        line["config"]["layers"] = row.variant.sizes               # (P, L) of each, in place of the config's
     with V.patched(row.patch, config), mock.patch.object(train_tiny, "Attamba", make):
         try:
             model, result = train_tiny.train(config, options, text, resume, quiet=not sys.stdout.isatty())

@@ -21,25 +21,12 @@ from attamba import Attamba
 # ---------------------------------------------------------------------------------------
 # Other chunks
 
-def set_chunks(model, layer, chunk_size, leading_tokens):
-    """Give one layer another P and L; weights do not depend on them."""
-    attention = model.blocks[layer].attention
-    attention.config = dataclasses.replace(attention.config, chunk_size=chunk_size, leading_tokens=leading_tokens)
-    first = attamba.NEVER if chunk_size is None else chunk_size - 1 - attamba._phase(attention.config, layer)
-    attention.first = torch.tensor(first, device="cpu")
-
-
-def layers(sizes):
-    """Each layer its own (P, L)."""
-    def make(config):
-        model = Attamba(config)
-        for layer, (P, L) in enumerate(sizes):
-            set_chunks(model, layer, P, L)
-        return model
-    def variant(corpus, config):
-        return make
-    variant.sizes = sizes
-    return variant
+def set_chunk_size(model, P):
+    """Another P in all layers; weights do not depend on it."""
+    for layer, block in enumerate(model.blocks):
+        attention = block.attention
+        attention.config = dataclasses.replace(attention.config, chunk_size=P)
+        attention.first = torch.tensor(attamba.first_end(attention.config, layer), device="cpu")
 
 
 RANDOM_P = (2, 4, 8, 16, 32, 64)
@@ -53,8 +40,7 @@ class RandomP(Attamba):
         if torch.is_grad_enabled():
             P = RANDOM_P[int(tokens.sum()) % len(RANDOM_P)]
         if self.blocks[0].attention.config.chunk_size != P:
-            for layer in range(len(self.blocks)):
-                set_chunks(self, layer, P, self.config.leading_tokens)
+            set_chunk_size(self, P)
         return super().forward(tokens, boundaries, cache)
 
 
