@@ -530,6 +530,19 @@ def test_full_and_foreign_caches():
         model.new_cache(1, 0)
 
 
+def test_a_layer_alone_decodes():
+    """As in somebody else's model: its own cache, with RoPE or without."""
+    still = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    for rope in (None, still):
+        layer, x = AttambaAttention(small(), 1).double(), torch.randn(2, 20, 16, dtype=torch.float64)
+        with torch.no_grad():
+            cache = layer.new_cache(2, 20)
+            parts = [layer(part, cache=cache, rope=rope) for part in x.split([7, 1, 1, 5, 6], 1)]
+            close(torch.cat(parts, 1), layer(x, rope=rope), 1e-9)
+            with pytest.raises(ValueError, match="cache is full"):
+                layer(x[:, :1], cache=cache, rope=rope)
+
+
 def test_generate():
     model, prompt = model_of(small(), torch.float32), torch.randint(19, (2, 9))
     greedy = model.generate(prompt, 20, temperature=0)
@@ -782,12 +795,14 @@ def run_train(*arguments, cwd, **environment):
 
 def test_the_command_line_from_start_to_sample(tmp_path):
     options = options_for(tmp_path)
-    sizes = "--dim 16 --n_layers 1 --n_heads 2 --steps 3 --batch_size 2 --seq_len 32 --eval_tokens 100 --sample_tokens 5 --device cpu".split()
-    result = run_train("--data", options.data, *sizes, "--leading_tokens", "none", cwd=tmp_path)
+    sizes = "--dim 16 --n_layers 2 --n_heads 2 --steps 3 --batch_size 2 --seq_len 32 --eval_tokens 100 --sample_tokens 5 --device cpu".split()
+    result = run_train("--data", options.data, *sizes, "--leading_tokens", "none,4", "--chunk_size", "none", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "bits per byte" in result.stdout and "KV cache" in result.stdout and result.stdout.count("step ") <= 25
     stored = json.loads((tmp_path / "out/config.json").read_text())
-    assert stored["config"]["leading_tokens"] is None and stored["config"]["dim"] == 16
+    assert stored["config"]["leading_tokens"] == [None, 4] and stored["config"]["chunk_size"] is None and stored["config"]["dim"] == 16
+    result = run_train("--resume", "--steps", 4, cwd=tmp_path)
+    assert result.returncode == 0 and "step 4/4" in result.stdout, result.stderr
 
 
 def refused(capsys, monkeypatch, *arguments):

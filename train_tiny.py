@@ -13,6 +13,7 @@ Ctrl-C or SIGTERM saves after the step at hand. What the user can mend is one li
 import argparse
 import contextlib
 import dataclasses
+import functools
 import gzip
 import hashlib
 import inspect
@@ -412,17 +413,20 @@ def show_cache(model):
 # ---------------------------------------------------------------------------------------
 # The command line: one option per field of the two dataclasses, its help the field's comment
 
+def parse_value(text, kind, optional, layers):
+    if layers and "," in text:  # one for each layer
+        return tuple(parse_value(part, kind, optional, False) for part in text.split(","))
+    if optional and text.lower() == "none":
+        return None
+    return ("false", "true").index(text.lower()) == 1 if kind is bool else kind(text)
+
+
 def add_options(parser, cls):
     for line in inspect.getsource(cls).splitlines():
         field = re.match(r"    (\w+): (.+?)(?: = .*?)?\s+# (.*)", line)
         if field and field[1] != "vocab_size":
             kind = next((t for n, t in (("int", int), ("float", float), ("bool", bool)) if n in field[2]), str)
-            def parse(text, kind=kind, optional="Optional" in field[2] or "None" in field[2], layers="tuple" in field[2]):
-                if layers and "," in text:
-                    return tuple(parse(part) for part in text.split(","))
-                if optional and text.lower() == "none":
-                    return None
-                return ("false", "true").index(text.lower()) == 1 if kind is bool else kind(text)
+            parse = functools.partial(parse_value, kind=kind, optional="None" in field[2] or "Optional" in field[2], layers="tuple" in field[2])
             parse.__name__ = kind.__name__
             parser.add_argument("--" + field[1], type=parse, default=argparse.SUPPRESS, metavar=kind.__name__, help=field[3])
 
