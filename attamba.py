@@ -958,15 +958,18 @@ def demo(text: str = "Attamba reads each chunk token by token and keeps one key 
 # The optional CUDA path: the same results by Triton kernels, for chunks of a fixed step.
 # Everything above is complete without it; nothing below is needed to understand Attamba.
 
+def _triton_runs(x: Tensor) -> bool:
+    types = torch.bfloat16, torch.float16, torch.float32
+    return triton is not None and (x.is_cuda or INTERPRET) and x.dtype in types
+
+
 def _kernels_fit(q: Tensor) -> bool:
-    return (triton is not None and (q.is_cuda or INTERPRET) and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
-            and q.shape[-1] in (16, 32, 64, 128))
+    return _triton_runs(q) and q.shape[-1] in (16, 32, 64, 128)
 
 
 def _ssm_kernel_fits(x: Tensor, config: AttambaConfig, tokens: int = 1) -> bool:
     p, n, h = config.ssm_inner // config.ssm_heads, config.ssm_state, config.ssm_heads
-    return (triton is not None and (x.is_cuda or INTERPRET) and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-            and tokens <= 64 and p in (16, 32, 64, 128) and n in (16, 32, 64, 128) and h & (h - 1) == 0)
+    return (_triton_runs(x) and tokens <= 64 and p in (16, 32, 64, 128) and n in (16, 32, 64, 128) and h & (h - 1) == 0)
 
 
 # Queries and keys per tile, warps, pipeline stages: the fastest of those measured on an H200.
@@ -986,12 +989,14 @@ if triton is not None:
     @triton.jit
     def _rows(X, t, S, H: tl.constexpr, size: tl.constexpr, D: tl.constexpr):
         """The first D entries at tokens t of X (S, H, size) at one head: (t, D), zero outside 0 ... S - 1."""
-        return tl.load(X + t[:, None] * (H * size) + tl.arange(0, D)[None, :], mask=((t >= 0) & (t < S))[:, None], other=0.0)
+        at = t[:, None] * (H * size) + tl.arange(0, D)[None, :]
+        return tl.load(X + at, mask=((t >= 0) & (t < S))[:, None], other=0.0)
 
     @triton.jit
     def _put(X, t, S, H: tl.constexpr, size: tl.constexpr, D: tl.constexpr, x):
         """Store (t, D) where _rows would load it."""
-        tl.store(X + t[:, None] * (H * size) + tl.arange(0, D)[None, :], x.to(X.dtype.element_ty), mask=((t >= 0) & (t < S))[:, None])
+        at = t[:, None] * (H * size) + tl.arange(0, D)[None, :]
+        tl.store(X + at, x.to(X.dtype.element_ty), mask=((t >= 0) & (t < S))[:, None])
 
     @triton.jit
     def _seen(t, s, L, KIND: tl.constexpr):
@@ -1000,7 +1005,8 @@ if triton is not None:
         return (far > L if KIND else (far >= 0) & (far <= L)) & (s >= 0)
 
     @triton.jit
-    def _see(q, t, j, K, V, S, L, first, m, z, acc, scale, KIND: tl.constexpr, P: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
+    def _see(q, t, j, K, V, S, L, first, m, z, acc, scale,
+             KIND: tl.constexpr, P: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
         """Online softmax over one more tile of keys: tokens j (KIND 0), chunk ends number j (1), all seen (2)."""
         s = first + j * P if KIND else j
         k, v = _rows(K, s, S, H, D, D), _rows(V, s, S, H, D, D)
@@ -1033,11 +1039,12 @@ if triton is not None:
             m, z, acc = _see(q, t, j + tl.arange(0, N), K + base, V + base, S, L, first, m, z, acc, scale, 2, P, H, D)
         for j in range(by_all, by_any, N):
             m, z, acc = _see(q, t, j + tl.arange(0, N), K + base, V + base, S, L, first, m, z, acc, scale, 1, P, H, D)
-        tl.store(O + base + t[:, None] * (H * D) + tl.arange(0, D)[None, :], (acc / z[:, None]).to(O.dtype.element_ty), mask=(t < S)[:, None])
+        _put(O + base, t, S, H, D, D, acc / z[:, None])
         tl.store(LSE + row.to(tl.int64) * S + t, (m + tl.log2(z)) * 0.6931471805599453, mask=t < S)
 
     @triton.jit
-    def _see_dq(q, g, lse, delta, t, j, K, V, S, L, first, dq, scale, KIND: tl.constexpr, P: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
+    def _see_dq(q, g, lse, delta, t, j, K, V, S, L, first, dq, scale,
+                KIND: tl.constexpr, P: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
         s = first + j * P if KIND else j
         k, v = _rows(K, s, S, H, D, D), _rows(V, s, S, H, D, D)
         p = tl.exp2(_dot(q, tl.trans(k)) * scale - lse[:, None])
@@ -1047,8 +1054,8 @@ if triton is not None:
         return dq + _dot(ds.to(k.dtype), k)
 
     @triton.jit
-    def _attend_dq_kernel(Q, K, V, O, G, LSE, DELTA, DQ, S, L, first, scale, P: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-                          M: tl.constexpr, N: tl.constexpr):
+    def _attend_dq_kernel(Q, K, V, O, G, LSE, DELTA, DQ, S, L, first, scale,
+                          P: tl.constexpr, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
         """Gradient of M consecutive queries; also stores delta = sum(out * grad), which the keys need."""
         row, start = tl.program_id(1), (tl.num_programs(0) - 1 - tl.program_id(0)) * M
         base = (row // H).to(tl.int64) * S * H * D + (row % H) * D
@@ -1057,25 +1064,25 @@ if triton is not None:
         lse = tl.load(LSE + row.to(tl.int64) * S + t, mask=t < S, other=0.0) * 1.4426950408889634
         delta = tl.sum(_rows(O + base, t, S, H, D, D).to(tl.float32) * g, 1)
         tl.store(DELTA + row.to(tl.int64) * S + t, delta, mask=t < S)
-        dq = tl.zeros((M, D), tl.float32)
+        dq, n = tl.zeros((M, D), tl.float32), tl.arange(0, N)
         for j in range(tl.maximum(start - L, 0) // N * N, start + M, N):
-            dq = _see_dq(q, g, lse, delta, t, j + tl.arange(0, N), K + base, V + base, S, L, first, dq, scale, 0, P, H, D)
+            dq = _see_dq(q, g, lse, delta, t, j + n, K + base, V + base, S, L, first, dq, scale, 0, P, H, D)
         by_all, by_any = _chunks_of(start, M, L, first, P, N)
         for j in range(0, by_all, N):
-            dq = _see_dq(q, g, lse, delta, t, j + tl.arange(0, N), K + base, V + base, S, L, first, dq, scale, 2, P, H, D)
+            dq = _see_dq(q, g, lse, delta, t, j + n, K + base, V + base, S, L, first, dq, scale, 2, P, H, D)
         for j in range(by_all, by_any, N):
-            dq = _see_dq(q, g, lse, delta, t, j + tl.arange(0, N), K + base, V + base, S, L, first, dq, scale, 1, P, H, D)
-        dq *= scale * 0.6931471805599453
-        tl.store(DQ + base + t[:, None] * (H * D) + tl.arange(0, D)[None, :], dq.to(DQ.dtype.element_ty), mask=(t < S)[:, None])
+            dq = _see_dq(q, g, lse, delta, t, j + n, K + base, V + base, S, L, first, dq, scale, 1, P, H, D)
+        _put(DQ + base, t, S, H, D, D, dq * scale * 0.6931471805599453)
 
     @triton.jit
-    def _see_dkv(k, v, s, start, Q, G, LSE, DELTA, S, L, dk, dv, scale, KIND: tl.constexpr, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr):
+    def _see_dkv(k, v, s, start, Q, G, LSE, DELTA, S, L, dk, dv, scale,
+                 KIND: tl.constexpr, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr):
         t = start + tl.arange(0, M)
         q, g = _rows(Q, t, S, H, D, D), _rows(G, t, S, H, D, D)
         lse = tl.load(LSE + t, mask=t < S, other=float("inf")) * 1.4426950408889634
         delta = tl.load(DELTA + t, mask=t < S, other=0.0)
-        p = tl.exp2(_dot(k, tl.trans(q)) * scale - lse[None, :])     # (keys, queries): its transpose is
-        if KIND < 2:                                                                             # what both products need
+        p = tl.exp2(_dot(k, tl.trans(q)) * scale - lse[None, :])                  # (keys, queries), as both products need it
+        if KIND < 2:
             p = tl.where(_seen(t[None, :], s[:, None], L, KIND), p, 0.0)
         dv += _dot(p.to(g.dtype), g)
         ds = p * (_dot(v, tl.trans(g)) - delta[None, :])
@@ -1084,30 +1091,31 @@ if triton is not None:
     @triton.jit
     def _attend_dkv_kernel(Q, K, V, G, LSE, DELTA, DK, DV, S, L, first, scale, KIND: tl.constexpr, P: tl.constexpr,
                            H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-        """Gradient of N keys: tokens seen in the window (KIND 0), or chunk ends seen past it (1), added to the former."""
+        """Gradient of N keys: tokens in the window (KIND 0), or chunk ends seen past it (1), added to the former."""
         row, j = tl.program_id(1), tl.program_id(0) * N + tl.arange(0, N)
         base, line = (row // H).to(tl.int64) * S * H * D + (row % H) * D, row.to(tl.int64) * S
         s = first + j * P if KIND else j
         k, v = _rows(K + base, s, S, H, D, D), _rows(V + base, s, S, H, D, D)
+        Q, G, LSE, DELTA = Q + base, G + base, LSE + line, DELTA + line
         dk, dv = tl.zeros((N, D), tl.float32), tl.zeros((N, D), tl.float32)
         low = first + tl.program_id(0) * N * P + L + 1 if KIND else tl.program_id(0) * N
         high = S if KIND else tl.minimum(S, tl.program_id(0) * N + N + L)
         full = tl.minimum((low + (N - 1) * P + M - 1) // M * M, high) if KIND else high  # from here on all see all
         for start in range(low // M * M, full, M):
-            dk, dv = _see_dkv(k, v, s, start, Q + base, G + base, LSE + line, DELTA + line, S, L, dk, dv, scale, KIND, H, D, M)
+            dk, dv = _see_dkv(k, v, s, start, Q, G, LSE, DELTA, S, L, dk, dv, scale, KIND, H, D, M)
         if KIND:
             for start in range(full, high, M):
-                dk, dv = _see_dkv(k, v, s, start, Q + base, G + base, LSE + line, DELTA + line, S, L, dk, dv, scale, 2, H, D, M)
+                dk, dv = _see_dkv(k, v, s, start, Q, G, LSE, DELTA, S, L, dk, dv, scale, 2, H, D, M)
         dk *= scale * 0.6931471805599453
         if KIND:
             dk += _rows(DK + base, s, S, H, D, D)
             dv += _rows(DV + base, s, S, H, D, D)
-        at = s[:, None] * (H * D) + tl.arange(0, D)[None, :]
-        tl.store(DK + base + at, dk.to(DK.dtype.element_ty), mask=(s < S)[:, None])
-        tl.store(DV + base + at, dv.to(DV.dtype.element_ty), mask=(s < S)[:, None])
+        _put(DK + base, s, S, H, D, D, dk)
+        _put(DV + base, s, S, H, D, D, dv)
 
     @triton.jit
-    def _attend_cached_kernel(Q, KV, LENGTHS, O, LSE, slots, scale, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    def _attend_cached_kernel(Q, KV, LENGTHS, O, LSE, slots, scale,
+                              H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
         """One new token: the G queries (padded to M) that share a key head, over a part of the first LENGTHS slots."""
         row, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
         length = tl.load(LENGTHS + row // H).to(tl.int32)
@@ -1128,18 +1136,19 @@ if triton is not None:
         tl.store(LSE + at, m + tl.log2(z), mask=g < G)
 
     @triton.jit
-    def _conv_kernel(X, W, Y, DY, DX, DW, S, front, BACKWARD: tl.constexpr, P: tl.constexpr, K: tl.constexpr, width: tl.constexpr,
-                     size: tl.constexpr, N: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr):
-        """chunk_conv of C channels, walking through the P tokens of N chunks; X (b, S, 2, z | dt | u B C) -> Y (b, S, 2, u B C),
+    def _conv_kernel(X, W, Y, DY, DX, DW, S, front, BACKWARD: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
+                     width: tl.constexpr, size: tl.constexpr, N: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr):
+        """chunk_conv of C channels, walking through the P tokens of N chunks. X (b, S, 2, z | dt | u B C) -> Y (b, S, 2, u B C),
         W (K, 2, width). Backward: the gradient of X to DX, and these tokens' part of that of W to DW."""
-        b, s, j = tl.program_id(1).to(tl.int64), tl.program_id(2) % 2, tl.program_id(2) // 2 * C + tl.arange(0, C)[None, :]
+        b, s = tl.program_id(1).to(tl.int64), tl.program_id(2) % 2
+        j = tl.program_id(2) // 2 * C + tl.arange(0, C)[None, :]
         x_at, y_at = (b * S * 2 + s) * size + (size - width) + j, (b * S * 2 + s) * width + j
         ws, dws = (), ()
         for k in tl.static_range(K):
             ws += (tl.load(W + k * (2 * width) + s * width + j, mask=j < width, other=0.0).to(tl.float32),)     # (1, C)
             dws += (tl.zeros((N, C), tl.float32),)
         for step in range(STEPS):
-            start = ((tl.program_id(0) * STEPS + step) * N + tl.arange(0, N)[:, None]) * P - front               # (N, 1)
+            start = ((tl.program_id(0) * STEPS + step) * N + tl.arange(0, N)[:, None]) * P - front     # (N, 1)
             xs, dys, sums = (), (), ()
             for i in tl.static_range(P):
                 inside = (start + i >= 0) & (start + i < S) & (j < width)
@@ -1193,7 +1202,7 @@ if triton is not None:
         """SiLU of the convolution's newest output for the channels j; CONV (K - 1, 2, width) moves on by one."""
         x = tl.load(X + j).to(tl.float32)
         y = tl.load(W + j).to(tl.float32) * x
-        for k in tl.static_range(1, K):                                           # from the newest back: read, then overwrite
+        for k in tl.static_range(1, K):  # from the newest back: read, then overwrite
             past = tl.load(CONV + (K - 1 - k) * (2 * width) + j).to(tl.float32)
             y += tl.load(W + k * (2 * width) + j).to(tl.float32) * past
             tl.debug_barrier()
@@ -1202,17 +1211,19 @@ if triton is not None:
         return _silu(y)[0]
 
     @triton.jit
-    def _ssm_step_kernel(X, W, BIAS, A_LOG, SKIP, END, STATE, CONV, Y, rows, eps, K: tl.constexpr, H: tl.constexpr, p: tl.constexpr, n: tl.constexpr):
+    def _ssm_step_kernel(X, W, BIAS, A_LOG, SKIP, END, STATE, CONV, Y, rows, eps,
+                         K: tl.constexpr, H: tl.constexpr, p: tl.constexpr, n: tl.constexpr):
         """ChunkSSM.step between W_in and W_out for one row and one SSM; STATE and CONV are updated in place."""
         b, s = tl.program_id(0), tl.program_id(1)
         inner: tl.constexpr = H * p
         width: tl.constexpr = inner + 2 * n
         r, c = tl.arange(0, inner), tl.arange(0, n)
         X += (b * 2 + s) * (inner + H + width)
+        CONV += (b * (K - 1) * 2 + s) * width
         keep = 1.0 - tl.load(END + (b if rows > 1 else 0)).to(tl.float32)
-        u = _conv_step(X + inner + H, W + s * width, CONV + (b * (K - 1) * 2 + s) * width, keep, r, width, K)
-        B = _conv_step(X + inner + H, W + s * width, CONV + (b * (K - 1) * 2 + s) * width, keep, inner + c, width, K)
-        C = _conv_step(X + inner + H, W + s * width, CONV + (b * (K - 1) * 2 + s) * width, keep, inner + n + c, width, K)
+        u = _conv_step(X + inner + H, W + s * width, CONV, keep, r, width, K)
+        B = _conv_step(X + inner + H, W + s * width, CONV, keep, inner + c, width, K)
+        C = _conv_step(X + inner + H, W + s * width, CONV, keep, inner + n + c, width, K)
         v = tl.load(X + inner + r // p).to(tl.float32) + tl.load(BIAS + s * H + r // p).to(tl.float32)
         dt = tl.where(v > 20.0, v, tl.log(1 + _exp(v)))
         decay = _exp(-dt * _exp(tl.load(A_LOG + s * H + r // p).to(tl.float32)))
@@ -1227,8 +1238,8 @@ if triton is not None:
     @triton.jit
     def _ssm_kernel(X, UBC, BIAS, A, SKIP, Y, DY, DX, DUBC, SUMS, S, front, T, BACKWARD: tl.constexpr, P: tl.constexpr,
                     H: tl.constexpr, p: tl.constexpr, n: tl.constexpr, Q: tl.constexpr):
-        """From X (b, S, 2, z | dt | .) and UBC, the convolution's (b, S, 2, u B C) before its SiLU, to y SiLU(z) (2, b, S, H p):
-        T <= Q tokens, whole chunks of P, of one SSM. No state enters or leaves them. SUMS (3, 2, H, parts): of dt_bias, A, D."""
+        """X (b, S, 2, z | dt | .) and UBC, the convolution's (b, S, 2, u B C) before its SiLU -> y SiLU(z) (2, b, S, H p),
+        for T <= Q tokens, whole chunks of P, of one SSM: no state enters or leaves. SUMS (3, 2, H, parts): of dt_bias, A, D."""
         b, s = tl.program_id(1).to(tl.int64), tl.program_id(2)
         width: tl.constexpr = H * p + 2 * n
         size: tl.constexpr = H * p + H + width
@@ -1236,7 +1247,8 @@ if triton is not None:
         t = tl.where(i < T, tl.program_id(0) * T + i - front, -1)                 # token of each row of the tile
         inside = (t >= 0) & (t < S)
         same = (i[:, None] >= i[None, :]) & (i[:, None] // P == i[None, :] // P)
-        x_row, c_row, y_row = (b * S * 2 + s) * size, (b * S * 2 + s) * width, (s * tl.num_programs(1) + b) * S * (H * p)
+        x_row, c_row = (b * S * 2 + s) * size, (b * S * 2 + s) * width
+        y_row = (s * tl.num_programs(1) + b) * S * (H * p)
         at_B = c_row + H * p
         CB = _dot(_silu(_rows(UBC + at_B + n, t, S, 2, width, n))[0].to(X.dtype.element_ty),
                     tl.trans(_silu(_rows(UBC + at_B, t, S, 2, width, n))[0].to(X.dtype.element_ty)))   # (Q, Q)
@@ -1285,8 +1297,8 @@ def _attend_cached(q, kv, lengths):
     b, h, g, d = q.shape
     parts, M = max(1, min(256 // (b * h), kv.shape[3] // 256)), max(16, triton.next_power_of_2(g))
     out, lse = (torch.empty(b, h, g, parts, n, dtype=torch.float32, device=q.device) for n in (d, 1))
-    _attend_cached_kernel[(b * h, parts)](q.contiguous(), kv, lengths, out, lse, kv.shape[3], math.log2(math.e) / math.sqrt(d), h, g, d, M, 64,
-                                          num_warps=4, num_stages=4)
+    _attend_cached_kernel[(b * h, parts)](q.contiguous(), kv, lengths, out, lse, kv.shape[3],
+                                          math.log2(math.e) / math.sqrt(d), h, g, d, M, 64, num_warps=4, num_stages=4)
     return (out[..., 0, :] if parts == 1 else (out * (lse * math.log(2)).softmax(-2)).sum(-2)).to(q.dtype)
 
 
@@ -1294,9 +1306,9 @@ def _attend_cached(q, kv, lengths):
 # a cache runs as it is, the second is recorded as a CUDA graph, and that is replayed from then on.
 
 def _graph_fits(model: Attamba, tokens: Tensor, cache: Cache) -> bool:
-    layer = cache.layers[0]
-    return (tokens.shape[1] == 1 and _kernels_fit(layer.kv) and layer.kv.is_cuda and layer.position > 0 and all(layer.roomy for layer in cache.layers)
-            and not callable(model.config.chunking) and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda"))
+    kv, roomy = cache.layers[0].kv, all(layer.roomy for layer in cache.layers)
+    return (tokens.shape[1] == 1 and cache.position > 0 and roomy and _kernels_fit(kv) and kv.is_cuda
+            and not (callable(model.config.chunking) or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda")))
 
 
 def _replay(model: Attamba, tokens: Tensor, cache: Cache) -> Tensor:
@@ -1325,11 +1337,11 @@ def _replay(model: Attamba, tokens: Tensor, cache: Cache) -> Tensor:
 
 
 # Attention in training. On long sequences cuDNN's causal attention is faster than a kernel of our own, by more than it
-# costs to join two parts. The fold: let t0 = first + L + 1 be the first query that sees a chunk end past its window, and
-# write t = t0 + c P + p. Query t sees exactly the chunk ends 0 ... c, whatever its phase p: for each of the P phases this
-# is plain causal attention of length l / P, and all phases share their keys. It is joined with the window by the
-# log-sum-exps [5]: the softmax over both is exp(score - lse) with the joined lse, so the backward of each, called with the
-# joined out and lse, gives exact gradients.
+# costs to join two parts. The fold: let t0 = first + L + 1 be the first query that sees a chunk end past its window,
+# and write t = t0 + c P + p. Query t sees exactly the chunk ends 0 ... c, whatever its phase p: so for each of the P
+# phases this is plain causal attention of length l / P, and all phases share their keys. It is joined with the window
+# by the log-sum-exps [5]: the softmax over both is exp(score - lse) with the joined lse, so the backward of each,
+# called with the joined out and lse, gives exact gradients.
 
 def _fold_fits(q, first, step):
     return (q.is_cuda and q.dtype != torch.float32 and (q.shape[1] - first) // step >= FOLD_FROM
@@ -1337,7 +1349,7 @@ def _fold_fits(q, first, step):
 
 
 def _fold(x, first, step, L, keys=False):
-    """x (l, h, ...), behind l as many rows as the last step lacks -> (h, P, n, ...), views; keys: n chunk ends for all phases"""
+    """x (l, h, ...), `_padded` -> a view (h, P, n, ...): the queries from t0 on, or the keys, the same for all phases"""
     n = (len(x) - first - L - 1) // step
     if keys:
         return x[first::step][:n].transpose(0, 1)[:, None].expand(-1, step, *[-1] * (x.dim() - 1))
@@ -1356,7 +1368,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, first: Tensor, step: int, L: int) -
     out, lse = torch.empty_like(q), torch.empty(b, h, l, dtype=torch.float32, device=q.device)
     M, N, warps, stages = TILES["forward"]
     _attend_forward_kernel[(triton.cdiv(l, M), b * h)](
-        q, k, v, out, lse, l, L, NEVER if fold else first, math.log2(math.e) / math.sqrt(d), step, h, d, M, N, num_warps=warps, num_stages=stages)
+        q, k, v, out, lse, l, L, NEVER if fold else first, math.log2(math.e) / math.sqrt(d), step, h, d, M, N,
+        num_warps=warps, num_stages=stages)
     if not fold:
         return out, lse
     where = first, step, L
@@ -1378,13 +1391,15 @@ def _attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
     dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
     scale, n_ends = math.log2(math.e) / math.sqrt(d), 0 if fold else max(0, (l - first - L - 2) // step + 1)
     M, N, warps, stages = TILES["dq"]
-    _attend_dq_kernel[(triton.cdiv(l, M), b * h)](q, k, v, out, grad, lse, delta, dq, l, L, NEVER if fold else first, scale, step,
-                                                  h, d, M, N, num_warps=warps, num_stages=stages)
+    _attend_dq_kernel[(triton.cdiv(l, M), b * h)](
+        q, k, v, out, grad, lse, delta, dq, l, L, NEVER if fold else first, scale, step, h, d, M, N,
+        num_warps=warps, num_stages=stages)
     for chunks, keys in ((0, l), (1, n_ends)):
         M, N, warps, stages = TILES["dkv chunks" if chunks else "dkv window"]
         if keys:
-            _attend_dkv_kernel[(triton.cdiv(keys, N), b * h)](q, k, v, grad, lse, delta, dk, dv, l, L, first, scale,
-                                                              chunks, step, h, d, M, N, num_warps=warps, num_stages=stages)
+            _attend_dkv_kernel[(triton.cdiv(keys, N), b * h)](
+                q, k, v, grad, lse, delta, dk, dv, l, L, first, scale, chunks, step, h, d, M, N,
+                num_warps=warps, num_stages=stages)
     if not fold:
         return dq, dk, dv
     where = first, step, L
@@ -1401,8 +1416,8 @@ def _attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
     return tuple(t[:, :l].contiguous() for t in (dq, dk, dv))
 
 
-_attend.register_fake(lambda q, k, v, first, step, L: (torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)))
-_attend_backward.register_fake(lambda grad, q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
+_attend.register_fake(lambda q, *_: (torch.empty_like(q), q.new_empty(q[..., 0].mT.shape, dtype=torch.float32)))
+_attend_backward.register_fake(lambda grad, *qkv: tuple(torch.empty_like(t) for t in qkv[:3]))
 
 
 def _attend_setup(ctx, inputs, output):
@@ -1449,8 +1464,9 @@ def _ssm_launch(x, w, bias, A, D, first, step, inner, dy=None):
 def _ssm_step(proj, ssm, boundary, h, conv):
     """ChunkSSM.step between W_in and W_out: proj (b, 2, z | dt | u B C) -> (2, b, inner)."""
     c, y = ssm.config, proj.new_empty(2, len(proj), ssm.config.ssm_inner)
-    _ssm_step_kernel[(len(proj), 2)](proj.contiguous(), ssm.w_conv, ssm.dt_bias, ssm.A_log, ssm.D, boundary, h, conv, y, len(boundary), c.norm_eps,
-                                     c.conv_size, c.ssm_heads, c.ssm_inner // c.ssm_heads, c.ssm_state, num_warps=8)
+    _ssm_step_kernel[(len(proj), 2)](
+        proj.contiguous(), ssm.w_conv, ssm.dt_bias, ssm.A_log, ssm.D, boundary, h, conv, y, len(boundary), c.norm_eps,
+        c.conv_size, c.ssm_heads, c.ssm_inner // c.ssm_heads, c.ssm_state, num_warps=8)
     return y
 
 
@@ -1466,7 +1482,7 @@ def _ssm_backward(x: Tensor, w: Tensor, bias: Tensor, A: Tensor, D: Tensor, firs
 
 
 _ssm.register_fake(lambda x, w, bias, A, D, first, step, inner: x.new_empty(2, *x.shape[:2], inner))
-_ssm_backward.register_fake(lambda *inputs: tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs[:5]))
+_ssm_backward.register_fake(lambda *inputs: tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs[:5]))
 
 
 def _ssm_setup(ctx, inputs, output):
