@@ -427,6 +427,17 @@ def test_linear_without_limits_is_a_plain_transformer():
     close(model(tokens), model.head(F.rms_norm(x, (16,), eps=config.norm_eps)), 1e-6)
 
 
+def test_a_transformer_is_converted_by_its_own_weights():
+    """kv="linear+ssm" with W_out = 0 starts as the strided (here: full) attention that the weights were trained for."""
+    trained, other = (Attamba(small(kv=kv, chunk_size=1)).double() for kv in ("linear", "linear+ssm"))
+    left = other.load_state_dict(trained.state_dict(), strict=False)
+    assert not left.unexpected_keys and all(".ssm." in key for key in left.missing_keys)
+    for block in other.blocks:
+        block.attention.ssm.w_out.data.zero_()
+    tokens = torch.randint(19, (2, 40))
+    close(other(tokens), trained(tokens), 1e-9)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2), ("autocast", 3e-2)])
 def test_lower_precisions(dtype, tolerance):
     """Logits, gradients and cached calls against float64; states stay in float32."""

@@ -44,6 +44,8 @@ def save(figure, name):
 def family(row):
     """Which series a trained model belongs to; None for those outside the figure (tables have them)."""
     name = row["name"]
+    if "ssm" in name:
+        return "other"
     for start, series in (("transformer", "transformer"), ("window", "window"), ("gqa", "narrowed"), ("thin", "narrowed"), ("strided", "strided")):
         if name.startswith(start):
             return series
@@ -73,11 +75,14 @@ def kv_perplexity(row_filter, name, title):
         if not points:
             continue
         x, y, names = zip(*points)
-        axes.plot(x, y, linestyle="-" if series == "window" else "none", marker="." if series == "other" else "o", color=COLOURS[series], label=LABELS[series], alpha=1 if series != "other" else 0.6)
+        axes.plot(x, y, linestyle="-" if series == "window" else "none", marker="o", markersize=4 if series == "other" else 6,
+                  color=COLOURS[series], label=LABELS[series])
         for i, label in enumerate(names):
             if series == "attamba":
-                P, L = label.split("-")[1:]
-                axes.annotate(f"{P[1:]}, {L[1:]}", (x[i], y[i]), xytext=(4, 5), textcoords="offset points", fontsize=8, color=COLOURS[series])
+                label = ", ".join(part[1:] for part in label.split("-")[1:])                  # P, L
+            elif series not in ("other", "narrowed"):
+                continue
+            axes.annotate(label, (x[i], y[i]), xytext=(5, 4), textcoords="offset points", fontsize=8, color=COLOURS[series])
     axes.set(xscale="log", xlabel="KV cache of one sequence, MB (allocated, SSM states included)", ylabel="held-out perplexity", title=title)
     ticks = [t for t in (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70) if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
     axes.set_xticks(ticks, [str(t) for t in ticks])
@@ -125,7 +130,7 @@ def recall():
     tasks = [t for t in ("recall", "copy") if any(r["task"] == t for r in rows)]
     if not tasks:
         return
-    figure, axes = plt.subplots(1, len(tasks), figsize=(3.9 * len(tasks), 3.5), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(tasks), figsize=(1.3 + 3.4 * len(tasks), 3.3), sharey=True, squeeze=False)
     order = ["transformer", "1", "4", "8", "16", "window"]
     shades = dict(zip(order, (COLOURS["transformer"], "#f5a3a8", "#e8606a", "#cf222e", "#82071e", COLOURS["window"])))
     for axis, task in zip(axes[0], tasks):
@@ -137,7 +142,7 @@ def recall():
         axis.set(xscale="log", xlabel="distance of the answer, tokens up to", title={"recall": "associative recall", "copy": "copying"}[task], ylim=(-0.03, 1.03))
         contexts(axis, rows[0]["buckets"])
     axes[0, 0].set_ylabel("share of right answers")
-    axes[0, -1].legend(fontsize=8, loc="lower left")
+    axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, "recall")
 
 
