@@ -34,7 +34,8 @@ from attamba import (Attamba, AttambaAttention, AttambaConfig, attend, attend_re
                      ssm_scan, ssm_scan_ref)
 
 HERE = Path(__file__).parent
-pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.filterwarnings("ignore:The .grad attribute")]  # torch.compile's own
+pytestmark = [pytest.mark.filterwarnings(f) for f in  # any warning fails a test, but two of torch.compile's own
+              ("error", "ignore:The .grad attribute", "ignore:.torch.jit.script")]
 
 
 @pytest.fixture(autouse=True)
@@ -278,6 +279,7 @@ def modulo_rule(tokens, positions, layer):
     return tokens % 5 == layer % 5
 
 
+GPU_TOLERANCE = 1e-6  # float64: RoPE's tables are float32, and one unit in their last place moves gradients by up to 2e-7
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of outputs and gradients, but:
 BF16_GRADIENTS = 4e-2  # sums over all tokens: largest of some 1,200 cases 3.12e-2 (the slow references: 99 % below 1.7e-2, as here)
 
@@ -329,9 +331,10 @@ def check_case(seed):
         if torch.cuda.is_available():
             others.append(run(copy.deepcopy(model).cuda(), "cuda"))
         for way in others:
-            close(way[0], slow[0], tolerance if way is fast else max(tolerance, 1e-7))  # a GPU's sine has another last bit
+            allowed = tolerance if way is fast else max(tolerance, GPU_TOLERANCE)
+            close(way[0], slow[0], allowed)
             for a, b in zip(way[1:], slow[1:]):
-                close(a, b, BF16_GRADIENTS if dtype == torch.bfloat16 else max(tolerance, 1e-7 * (way is not fast)))
+                close(a, b, BF16_GRADIENTS if dtype == torch.bfloat16 else allowed)
         with torch.no_grad():
             n = r.randint(1, length)
             close(model(tokens[:, :n], None if mask is None else mask[:, :n]).double(), slow[0][:, :n], tolerance)
@@ -812,7 +815,7 @@ def test_the_command_line_from_start_to_sample(tmp_path):
     assert "bits per byte" in result.stdout and "KV cache" in result.stdout and result.stdout.count("step ") <= 25
     stored = json.loads((tmp_path / "out/config.json").read_text())
     assert stored["config"]["leading_tokens"] == [None, 4] and stored["config"]["chunk_size"] is None and stored["config"]["dim"] == 16
-    result = run_train("--resume", "--steps", 4, cwd=tmp_path)
+    result = run_train("--resume", "--steps", 4, "--device", "cpu", cwd=tmp_path)
     assert result.returncode == 0 and "step 4/4" in result.stdout, result.stderr
 
 
