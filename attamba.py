@@ -432,14 +432,20 @@ class ChunkSSM(nn.Module):
         """a (b, l, dim_in) or, if W_K and W_V are kept, (b, l, 2, dim_in); boundaries (b or 1, l) bool or None for
         none; state as in LayerCache -> [keys, values] (b, l, dim_out) each, (h, conv) after the last token.
         first: as in `attend`; the sequence must then start at position 0."""
-        c, l = self.config, a.shape[1]
+        c, P, l = self.config, self.config.chunk_size, a.shape[1]
         x = self._project(a)                                                      # (b, l, 2, z | dt | u B C)
-        if first is not None and _ssm_kernel_fits(x, c, c.chunk_size or NEVER):
-            y = _ssm(x, self.w_conv, *self._rates(x), first, c.chunk_size, c.ssm_inner).movedim(0, 2)
-            if h is not None and (last := l - (l - 1 - int(first)) % c.chunk_size if l > first else 0) < l:
-                _, h, conv = self._mix(x[:, last:], boundaries[:, last:], h, conv)    # the state of the last chunk
-        else:
+        kernel = first is not None and _ssm_kernel_fits(x, c, P or NEVER)
+        if first is None or P is None or not kernel and (P < 4 or torch.compiler.is_compiling()):
             y, h, conv = self._mix(x, boundaries, h, conv)                        # (b, l, 2, inner)
+            return self._out(y, x.dtype), (h, conv)
+        if kernel:
+            y = _ssm(x, self.w_conv, *self._rates(x), first, P, c.ssm_inner).movedim(0, 2)
+        else:  # each chunk is a sequence of its own, so they make a batch; the first one lacks some tokens
+            front = P - 1 - int(first)
+            chunks = F.pad(x, (0, 0, 0, 0, front, -(front + l) % P)).unflatten(1, (-1, P)).flatten(0, 1)
+            y = self._mix(chunks)[0].unflatten(0, (len(x), -1)).flatten(1, 2)[:, front:front + l]
+        if h is not None and (last := l - (l - 1 - int(first)) % P if l > first else 0) < l:
+            _, h, conv = self._mix(x[:, last:], boundaries[:, last:], h, conv)    # the state of the last chunk
         return self._out(y, x.dtype), (h, conv)
 
     def _project(self, a):
