@@ -1,4 +1,4 @@
-"""Attamba: attending to multi-token states, in one file of plain PyTorch.
+"""Attamba: attending to multi-token states, in one file of PyTorch.
 
 A transformer keeps one key and one value per token. Attamba [1] cuts the sequence into
 chunks of P tokens and keeps one key and one value per *chunk*, made by two small
@@ -7,14 +7,16 @@ value projection. A query sees every finished chunk through that one entry, and 
 and its L most recent predecessors one by one. The KV cache of S tokens then holds about
 S/P + L entries instead of S.
 
-Three equations (layer input a, all per layer; r_t = 0 on the first token of a chunk, else 1):
+Three equations, all per layer, a its input (dt, u, B, C are linear in a, up to a small convolution
+and nonlinearities: see ChunkSSM; A < 0 is learned; r_t = 0 on the first token of a chunk, else 1):
 
-    state      h_t = r_t exp(-dt_t A) h_{t-1} + dt_t u_t B_t^T,      SSM(a)_t ~ h_t C_t
+    state      h_t = r_t exp(dt_t A) h_{t-1} + dt_t u_t B_t^T,       SSM(a)_t = W_out (h_t C_t + ...)
     keys       k_t = a_t + SSM_K(a)_t,    v_t = a_t + SSM_V(a)_t,    q_t = W_Q a_t
     attention  query t sees  { s <= t : t - s <= L  or  token s ends a chunk }
 
-A chunk boundary is nothing but a zero in the decay: after the last token of a chunk the
-state is forgotten, and that token's key and value stand for the whole chunk.
+A chunk boundary is nothing but a zero in the decay: after the last token of a chunk the state is
+forgotten, and the key and value of that token, made like all others, stand for the whole chunk
+once it has left the window. No key is seen twice.
 
     config = AttambaConfig(vocab_size=256, dim=128, n_layers=4, n_heads=4)
     model = Attamba(config)
@@ -27,8 +29,10 @@ b l d              batch, length (of this call), width of the model
 chunk_size    P    tokens per chunk (mean)
 leading_tokens L   recent predecessors that a query sees one by one
 boundaries, ends   bool, True where a token is the last one of its chunk
-h p n g            SSM heads, channels per head, state size, groups of heads that share B and C
-s                  which of the two SSMs: 0 makes the keys, 1 the values
+first              position of the first chunk end, where chunk ends have a fixed step P
+h                  state of an SSM
+H p n g            SSM heads, channels per head, state size, groups of heads that share B and C
+c q                blocks of tokens (for computing, no matter where chunks end), tokens per block
 
 [1] Akhauri, Huda, Abdelfattah. Attamba: Attending To Multi-Token States. arXiv 2411.17685
 [2] Dao, Gu. Transformers are SSMs (Mamba-2). arXiv 2405.21060
@@ -71,7 +75,7 @@ class AttambaConfig:
     "ssm"         P           None             "pseudo-chunking" [1]: SSMs, full attention
     "ssm"         1           any              full attention over SSMs without memory
     "ssm"         None        L                SSMs over the whole sequence, sliding window
-    "linear+ssm"  P           L                W_K and W_V kept, SSMs on top [1, ablation]
+    "linear+ssm"  P           L                W_K and W_V kept: k = W_K a + SSM_K(W_K a) [1, ablation]
 
     chunk_size and leading_tokens may also be tuples with a value for each layer.
     Raises ValueError for a value out of range, naming the field and what is allowed.
@@ -126,7 +130,7 @@ class Attamba(nn.Module):
         if config.chunking in ("uniform", "cyclic"):   # first chunk end and step of each layer, for a step of decoding
             layers = [block.attention for block in self.blocks]
             grid = torch.tensor([(int(a.first), a.config.chunk_size or 2 * NEVER) for a in layers])
-            self.register_buffer("grid", grid.T[..., None, None], persistent=False)                   # (2, layers, 1, 1)
+            self.register_buffer("grid", grid.T[..., None, None], persistent=False)   # (2, layers, 1, 1)
 
     def forward(self, tokens: Tensor, boundaries: Optional[Tensor] = None, cache: Optional["Cache"] = None) -> Tensor:
         """tokens (b, l) int64 -> logits (b, l, vocab_size).
@@ -136,6 +140,9 @@ class Attamba(nn.Module):
         Raises ValueError for wrong dtypes, shapes, an empty sequence, a full or foreign cache,
         IndexError for ids outside the vocabulary (not checked inside torch.compile).
         """
+        if cache is not None and torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.forward(tokens, boundaries, cache)
         _check_call(self.config, tokens, boundaries, cache)
         if cache and boundaries is None and _graph_fits(self, tokens, cache):
             return _replay(self, tokens, cache)
@@ -225,6 +232,7 @@ class AttambaAttention(nn.Module):
 
         q_t = W_Q a_t,   k_t = a_t + SSM_K(a)_t,   v_t = a_t + SSM_V(a)_t     kv="ssm"
         q_t = W_Q a_t,   k_t = W_K a_t,            v_t = W_V a_t              kv="linear"
+        with both, kv="linear+ssm":   k_t = W_K a_t + SSM_K(W_K a)_t,   v_t = W_V a_t + SSM_V(W_V a)_t
         out_t = W_O softmax(q_t k_s / sqrt(head_dim) over the s that t sees) v_s
 
     layer: index of the layer, 0 first: "cyclic" shifts the chunks by a phase that depends on
@@ -233,6 +241,8 @@ class AttambaAttention(nn.Module):
 
     def __init__(self, config: AttambaConfig, layer: int):
         super().__init__()
+        if not 0 <= layer < config.n_layers:
+            raise ValueError(f"layer must lie in 0 ... {config.n_layers - 1}, but it is {layer}")
         c = self.config = config.of_layer(layer)
         kv_dim = c.n_kv_heads * c.head_dim
         self.wq = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=False)
@@ -250,9 +260,12 @@ class AttambaAttention(nn.Module):
         self.first = None if first is None else torch.tensor(first, device="cpu")
 
     def boundaries(self, length: int, start: int = 0, boundaries: Optional[Tensor] = None) -> Tensor:
-        """Which of the tokens start ... start + length - 1 end a chunk: bool (1, length), or the
-        mask given. Raises ValueError if config.chunking is a callable and no mask is given."""
+        """Which of the tokens start ... start + length - 1 end a chunk: bool (1, length), or the mask
+        given. Raises ValueError for a wrong one, or if config.chunking is a callable and none is given."""
         if boundaries is not None:
+            if boundaries.dtype != torch.bool or boundaries.dim() != 2 or boundaries.shape[1] != length:
+                raise ValueError(f"boundaries must be bool of shape (batch or 1, {length}), "
+                                 f"but got {boundaries.dtype} {tuple(boundaries.shape)}")
             return boundaries
         if callable(self.config.chunking):
             raise ValueError("with a callable chunking the layer needs the mask: "
@@ -262,9 +275,10 @@ class AttambaAttention(nn.Module):
 
     def new_cache(self, batch_size: int, max_len: int, max_chunks: Optional[int] = None) -> "LayerCache":
         """Cache of this layer alone; see Attamba.new_cache."""
-        for name, value in (("batch_size", batch_size), ("max_len", max_len), ("max_chunks", max_chunks)):
-            if value is not None and value < (name != "max_chunks"):
-                raise ValueError(f"{name} must be at least {name != 'max_chunks':d}, but it is {value}")
+        for name, value, least in (("batch_size", batch_size, 1), ("max_len", max_len, 1),
+                                   ("max_chunks", max_chunks or 0, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, but it is {value}")
         L, roomy = self.config.leading_tokens, max_chunks is None
         if roomy:  # only a token that has left the window needs an entry
             outside = 0 if L is None else max(0, max_len - L - 1)
@@ -274,21 +288,27 @@ class AttambaAttention(nn.Module):
     def forward(self, x: Tensor, boundaries: Optional[Tensor] = None, cache: Optional["LayerCache"] = None,
                 rope: Optional[tuple[Tensor, Tensor]] = None) -> Tensor:
         """x (b, l, d) -> (b, l, d). boundaries: bool (b, l) or (1, l), default config.chunking.
-        cache: from new_cache; x continues it and it advances in place. rope: cos and sin of the positions
-        as from rope_angles (one table can serve all layers), default: made here; (torch.ones(1), torch.zeros(1))
-        turns nothing, for a model that adds positions of its own."""
+        cache: from new_cache; x continues it and it advances in place, without gradients. rope: cos and
+        sin (l, head_dim) of the positions as from rope_angles (one table can serve all layers), default: made
+        here; (torch.ones(1), torch.zeros(1)) turns nothing, for a model that adds positions of its own.
+        Raises ValueError for a mask or a cache that does not fit."""
+        if cache is not None and torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.forward(x, boundaries, cache, rope)
         c, l, start = self.config, x.shape[1], cache.position if cache else 0
         ends = self.boundaries(l, start, boundaries)                              # (1 or b, l)
         if cache and not cache.in_model:  # a model has checked all its layers before any of them changes
+            if cache.kv.shape[1] != len(x):
+                raise ValueError(f"this cache was made for batch size {cache.kv.shape[1]}, but x has {len(x)} rows")
             cache.check(ends, boundaries is None)
-        step = cache is not None and l == 1
-        first = self.first if boundaries is None and not step and not start else None
+        decoding = cache is not None and l == 1
+        first = self.first if boundaries is None and not decoding and not start else None
         q = self.wq(x).unflatten(-1, (c.n_heads, c.head_dim))                     # (b, l, heads, head_dim)
         k, v = (t.unflatten(-1, (c.n_kv_heads, c.head_dim)) for t in self.keys_values(x, ends, first, cache))
         rope = rope or rope_angles(start, l, c.head_dim, c.rope_theta, x.device)
         k, v = rotate(k, *rope).to(q.dtype), v.to(q.dtype)
         q, k, v = (t.transpose(1, 2) for t in (rotate(q, *rope).to(q.dtype), k, v))   # (b, heads, l, head_dim)
-        if step:  # everything visible lies in the cache
+        if decoding:  # everything visible lies in the cache
             cache.append(k, v, ends)
             out = cache.attend(q).to(q.dtype)
         else:
@@ -378,9 +398,9 @@ def chunk_ends(config: AttambaConfig, positions: Tensor, layer: Union[int, Tenso
     if P is None:
         return torch.zeros_like(positions, dtype=torch.bool)
     if config.chunking == "random":
-        x = positions * 2 ** 20 + layer * 2 ** 10 + config.chunking_seed + 1
-        for _ in range(3):  # mix the bits (xor-shift and multiply, modulo 2^31)
-            x = (((x >> 15) ^ x) * 0x2C1B3C6D) & 0x7FFFFFFF
+        x = torch.zeros_like(positions)
+        for value in (config.chunking_seed, layer, positions, 0, 0):  # mix the bits: xor-shift, multiply, modulo 2^31
+            x = (((x >> 15) ^ x ^ value) * 0x2C1B3C6D + 0x3504F335) & 0x7FFFFFFF
         return (x >> 4) % P == 0
     return (positions - first_end(config, layer)) % P == 0
 
@@ -406,8 +426,9 @@ class ChunkSSM(nn.Module):
 
         z, dt, u, B, C = split(W_in a_t)
         u, B, C = SiLU(causal depthwise convolution), never across a chunk boundary
-        dt = softplus(dt + dt_bias),   h_t = r_t exp(-dt exp(A_log)) h_{t-1} + dt u_t B_t^T
-        y_t = h_t C_t + D u_t,         out_t = W_out RMSNorm(y_t * SiLU(z_t))
+        dt = softplus(dt + dt_bias),   A = -exp(A_log)
+        h_t = r_t exp(dt_t A) h_{t-1} + dt_t u_t B_t^T,   y_t = h_t C_t + D u_t
+        out_t = W_out RMSNorm(y_t * SiLU(z_t))
 
     The convolution has no bias and the norm no weight (W_out absorbs it): zero in, zero out.
     """
@@ -419,8 +440,8 @@ class ChunkSSM(nn.Module):
         self.w_in = nn.Parameter(torch.randn(2, sum(self.sizes), dim_in) * 0.02)
         conv = torch.empty(c.conv_size, 2, self.sizes[2]).uniform_(-1, 1)
         self.w_conv = nn.Parameter(conv / math.sqrt(c.conv_size))
-        # A fresh state should remember on the order of a chunk: 1 / (dt A) is about 12 tokens in
-        # the geometric mean, from 1 to 1000 over the heads. dt_bias is the inverse softplus of dt [2].
+        # A fresh state should remember on the order of a chunk: 1 / (dt |A|) is about 14 tokens in
+        # the geometric mean, from 0.6 to 1000 over the heads. dt_bias is the inverse softplus of dt [2].
         dt = torch.exp(torch.empty(2, c.ssm_heads).uniform_(math.log(1e-3), math.log(1e-1)))
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
         self.A_log = nn.Parameter(torch.empty(2, c.ssm_heads).uniform_(1, 16).log())
@@ -433,19 +454,20 @@ class ChunkSSM(nn.Module):
         none; state as in LayerCache -> [keys, values] (b, l, dim_out) each, (h, conv) after the last token.
         first: as in `attend`; the sequence must then start at position 0."""
         c, P, l = self.config, self.config.chunk_size, a.shape[1]
-        x = self._project(a)                                                      # (b, l, 2, z | dt | u B C)
-        kernel = first is not None and _ssm_kernel_fits(x, c, P or NEVER)
-        if first is None or P is None or not kernel and (P < 4 or torch.compiler.is_compiling()):
-            y, h, conv = self._mix(x, boundaries, h, conv)                        # (b, l, 2, inner)
-            return self._out(y, x.dtype), (h, conv)
-        if kernel:
+        x, fixed = self._project(a), first is not None and P is not None          # (b, l, 2, z | dt | u B C)
+        if fixed and _ssm_kernel_fits(x, c, P):
             y = _ssm(x, self.w_conv, *self._rates(x), first, P, c.ssm_inner).movedim(0, 2)
-        else:  # each chunk is a sequence of its own, so they make a batch; the first one lacks some tokens
+        elif fixed and P > 3 and not torch.compiler.is_compiling():
+            # Each chunk is a sequence of its own, so they make a batch; the first one lacks some tokens.
             front = P - 1 - int(first)
             chunks = F.pad(x, (0, 0, 0, 0, front, -(front + l) % P)).unflatten(1, (-1, P)).flatten(0, 1)
             y = self._mix(chunks)[0].unflatten(0, (len(x), -1)).flatten(1, 2)[:, front:front + l]
-        if h is not None and (last := l - (l - 1 - int(first)) % P if l > first else 0) < l:
-            _, h, conv = self._mix(x[:, last:], boundaries[:, last:], h, conv)    # the state of the last chunk
+        else:
+            y, h, conv = self._mix(x, boundaries, h, conv)                        # (b, l, 2, inner)
+            return self._out(y, x.dtype), (h, conv)
+        tail = (l - 1 - int(first)) % P if l > first else l                       # tokens since the last chunk end:
+        if h is not None and tail:                                                # they alone make the final state
+            _, h, conv = self._mix(x[:, l - tail:], boundaries[:, l - tail:], h, conv)
         return self._out(y, x.dtype), (h, conv)
 
     def _project(self, a):
@@ -526,23 +548,24 @@ def ssm_step(h: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, 
 
         h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t^T,   y_t = h_t C_t + D u_t
 
-    h (b, h, p, n), u (b, h, p), dt (b, h) positive, A (h,) negative, B and C (b, g, n), D (h,)
-    -> y (b, h, p), the new state
+    h (b, H, p, n), u (b, H, p), dt (b, H) positive, A (H,) negative, B and C (b, g, n), D (H,)
+    -> y (b, H, p), the new state
     """
     b, H, p, n = h.shape
-    x = (dt[..., None] * u).view(b, B.shape[1], -1, 1) * B[:, :, None]            # (b, g, h/g p, n), the heads of a group
+    x = (dt[..., None] * u).view(b, B.shape[1], -1, 1) * B[:, :, None]            # (b, g, H/g p, n)
     h = torch.exp(dt * A)[..., None, None] * h + x.view_as(h)
-    y = h.view_as(x) @ C[..., None]                                               # (b, g, h/g p, 1)
+    y = h.view_as(x) @ C[..., None]                                               # (b, g, H/g p, 1)
     return y.view_as(u) + D[:, None] * u, h
 
 
 def ssm_scan_ref(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
                  boundaries: Optional[Tensor] = None, h: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
-    """The recurrence, token by token: the definition. h := 0 after a boundary.
+    """The recurrence, token by token: the definition. After a boundary h is set to zero, which is
+    the r_t = 0 of the next token.
 
-    u (b, l, h, p), dt (b, l, h) positive, A (h,) negative, B and C (b, l, g, n), D (h,),
-    boundaries (b or 1, l) bool or None for none, initial state h (b, h, p, n) or None for zero
-    -> y (b, l, h, p) and the final state (b, h, p, n), both in at least float32.
+    u (b, l, H, p), dt (b, l, H) positive, A (H,) negative, B and C (b, l, g, n), D (H,),
+    boundaries (b or 1, l) bool or None for none, initial state h (b, H, p, n) or None for zero
+    -> y (b, l, H, p) and the final state (b, H, p, n), both in at least float32.
     """
     dtype = torch.promote_types(u.dtype, torch.float32)
     u, dt, B, C = (t.to(dtype) for t in (u, dt, B, C))
@@ -558,7 +581,8 @@ def ssm_scan_ref(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tens
     return torch.stack(ys, 1), h
 
 
-FORGOTTEN = -60.0  # exp(-60) is nothing; a larger sum of log-decays would cost weak decays beside it their precision
+FORGOTTEN = -60.0  # no log-decay is lower: exp(-60) is nothing, and -1e6 in a cumulated sum would cost its neighbours
+                   # their digits
 
 
 def ssm_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
@@ -571,7 +595,7 @@ def ssm_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
                                                       = 0                                 otherwise
 
     and what a block leaves behind is carried on to the next by _carry. Decays are summed within
-    a block only, and a boundary is a zero in M, never a large negative number: nothing to cancel.
+    a block only, and a boundary is a zero in M, never a large negative number in a sum.
     """
     (b, l, H, p), (g, n) = u.shape, B.shape[2:]
     dtype = torch.promote_types(u.dtype, torch.float32)
@@ -608,7 +632,7 @@ def ssm_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
 
 
 def _blocks(t: Tensor, size: int) -> Tensor:
-    """(b, l, ...) -> (b, c, size, ...), zeros behind the sequence: with dt = 0 a token has no effect."""
+    """(b, l, ...) -> (b, c, size, ...), zeros after the sequence: a token with dt = 0 has no effect."""
     return F.pad(t, (0, 0) * (t.dim() - 2) + (0, -t.shape[1] % size)).unflatten(1, (-1, size))
 
 
@@ -630,7 +654,7 @@ def _carry(log_a: Tensor, reset: Tensor, s: Tensor, h: Optional[Tensor], block: 
         keep = torch.exp(log_a[:, 0]) * ~reset[:, :1]                             # (b, H)
         return h[:, None], keep[..., None] * h + s[:, 0]
     log_a, reset, s = (_blocks(t, min(block, c)) for t in (log_a.clamp(min=FORGOTTEN), reset, s))     # (b, C, q, ...)
-    cum, resets, s = log_a.transpose(2, 3).cumsum(-1), reset.cumsum(-1), s.transpose(2, 3)            # (b, C, H, q, ...)
+    cum, resets, s = log_a.transpose(2, 3).cumsum(-1), reset.cumsum(-1), s.transpose(2, 3)    # (b, C, H, q, ...)
     inside = _decays(cum, resets) @ s                                             # (b, C, H, q, f)
     entering, last = _carry(cum[..., -1], resets[..., -1] > 0, inside[..., -1, :], h)
     after = inside + entering[..., None, :] * (torch.exp(cum) * (resets == 0)[:, :, None])[..., None]
@@ -669,6 +693,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, leading_tokens: 
     end_k, end_v = k.gather(2, at), v.gather(2, at)                               # (b, heads, count, head_dim)
 
     size, off = max(128, L, l // 64), l - lq           # at most some 64 blocks: longer ones cost little more
+    # The window of a block: its own tokens and the end of the block before (before the first: what the cache held).
+    # Blocks are split, not sliced: the gradient of every slice would be as long as k.
     sizes = [min(L, off), *[size] * (lq // size), *[lq % size] * (lq % size > 0)]
     before, *blocks = zip(*(t[:, :, off - sizes[0]:].split(sizes, 2) for t in (k, v)))
     out, start = [], off
@@ -690,20 +716,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, leading_tokens: 
 
 
 # ---------------------------------------------------------------------------------------
-# How does a key know its place? Rotary positions [3]: a chunk's key carries its boundary's.
+# How does a key know its place? Rotary positions [3]: a chunk's key carries the position of its last token.
 
 def rope_angles(start: int, length: int, head_dim: int, theta: float, device) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, 1, head_dim) float32 for positions start ... start + length - 1 [3]; the
-    first half of the sines is negated, as `rotate` wants it."""
+    """cos and sin (length, head_dim) float32 for positions start ... start + length - 1 [3]."""
     freq = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angle = (start + torch.arange(length, device=device)).float()[:, None, None] * freq
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    angle = (start + torch.arange(length, device=device)).float()[:, None] * freq
+    angle = torch.cat([angle, angle], -1)
+    return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channel pairs (i, i + head_dim / 2) of x (b, l, heads, head_dim) by the angles [3]."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    """Turn the channel pairs (i, i + head_dim / 2) of x (b, l, heads, head_dim) by the angles (l, head_dim) [3]."""
+    left, right = x.chunk(2, -1)
+    return x * cos.unsqueeze(-2) + torch.cat([-right, left], -1) * sin.unsqueeze(-2)
 
 
 # ---------------------------------------------------------------------------------------
@@ -715,15 +741,19 @@ class LayerCache:
     predecessors), then one slot per chunk; a token that leaves the window keeps a slot
     only if it ended a chunk. So what a query sees is always the first few slots.
 
-    kv          (2, b, n_kv_heads, W + max_chunks, head_dim)  ring of the window, then chunk entries
+    kv          (2, b, n_kv_heads, W + max_chunks, head_dim)  ring of the window, then chunk entries;
+                keys are stored rotated, so the order of the slots does not matter
     ends        (b, W) bool          which tokens of the ring end a chunk
     n_chunks    (b,) int64           chunk entries in use, row by row (rows may differ)
     h           (b, 2 ssm_heads, p, n) float32  states of the two SSMs; None for kv="linear"
     conv        (b, conv_size - 1, 2, channels) last inputs of their convolutions; likewise
     position    int                  tokens seen so far; at most max_len
+    roomy       max_chunks suffices for every text of max_len tokens, if chunks end by config.chunking
+    in_model    the model checks the input, for all layers at once
     """
 
-    def __init__(self, config: AttambaConfig, batch_size: int, max_len: int, max_chunks: int, roomy: bool, like: Tensor):
+    def __init__(self, config: AttambaConfig, batch_size: int, max_len: int, max_chunks: int, roomy: bool,
+                 like: Tensor):
         c, L, dtype, device = config, config.leading_tokens, like.dtype, like.device
         self.max_len, self.max_chunks, self.roomy, self.position = max_len, max_chunks, roomy, 0
         self.window = W = max_len if L is None else min(L + 1, max_len)
@@ -777,7 +807,7 @@ class LayerCache:
     def store(self, k: Tensor, v: Tensor, boundaries: Tensor, l: int) -> None:
         """Keep of `context`, l of whose tokens are new, the last W tokens and the chunk ends before them."""
         self.position += l
-        new, order = torch.stack([k, v]).detach().to(self.kv.dtype), self._order()                # (2, b, h, e + w + l, d)
+        new, order = torch.stack([k, v]).to(self.kv.dtype), self._order()         # (2, b, h, e + w + l, d)
         ends, w = boundaries.expand(len(self.ends), -1), len(order)
         self.kv[..., order, :], self.ends[:, order] = new[..., -w:, :], ends[:, -w:]
         old = ends[:, :-w]
@@ -786,7 +816,8 @@ class LayerCache:
         self.n_chunks.copy_(old.sum(1))
 
     def append(self, k: Tensor, v: Tensor, boundary: Tensor) -> None:
-        """The same for one new token, without a look at the data. k, v (b, h, 1, head_dim), boundary (b or 1, 1)"""
+        """`store` for one new token, in place. k, v (b, h, 1, head_dim), boundary (b or 1, 1) bool. Without a look
+        at the data (whether a chunk ends): a GPU need not be waited for, and the step can be recorded."""
         slot = torch.as_tensor(self.position % self.window, device=self.ends.device).view(1)
         if self.max_chunks:  # the token that leaves its slot moves to the next free entry if it ended a chunk,
             left = self.ends[:, slot]                                             # (b, 1)
@@ -794,7 +825,7 @@ class LayerCache:
             old = self.kv[..., slot, :]                                           # (2, b, h, 1, d)
             self.kv.scatter_(3, to[None, :, None, :, None].expand_as(old), old)
             self.n_chunks += left[:, 0]
-        self.kv.index_copy_(3, slot, torch.stack([k, v]).detach().to(self.kv.dtype))
+        self.kv.index_copy_(3, slot, torch.stack([k, v]).to(self.kv.dtype))
         self.ends.index_copy_(1, slot, boundary.expand(len(self.ends), -1))
         self.position = self.position + 1
 
@@ -846,7 +877,7 @@ def sample(logits: Tensor, temperature: float, top_k: Optional[int], top_p: Opti
 
 
 # ---------------------------------------------------------------------------------------
-# What is refused?
+# Which input is refused?
 
 def _fill_and_check(config):
     """Fill in what is None by default; ValueError for what is out of range."""
@@ -919,45 +950,45 @@ def _call_rule(rule, tokens, positions, layer):
 
 
 # ---------------------------------------------------------------------------------------
-# How does it look? python attamba.py, or python attamba.py "some text"
+# How does it look? python attamba.py, or python attamba.py some text
 
-def demo(text: str = "Attamba reads each chunk token by token and keeps one key and one value of it.") -> None:
+def demo(text: str) -> None:
     """Print what two layers see, what a chunk's last token remembers, that two ways of computing agree,
     how the cache grows, and where the chunks of a text end."""
     torch.manual_seed(0)
     config = AttambaConfig(vocab_size=256, dim=64, n_layers=2, n_heads=2, chunk_size=4, leading_tokens=2)
-    print("What a query (row) sees: w its window, C a finished chunk. P 4, L 2.\n\nlayer 0" + " " * 31 + "layer 1")
-    masks = [attention_mask(chunk_ends(config, torch.arange(17), layer)[None], 2)[0].tolist() for layer in range(2)]
-    for t in range(12):
+    print("What a query (row) sees of each key (column), chunks of P = 4 tokens, L = 2:")
+    print("w in its window, C end of a chunk past the window, . nothing\n\nlayer 0" + " " * 27 + "layer 1")
+    masks = [attention_mask(chunk_ends(config, torch.arange(14), layer)[None], 2)[0].tolist() for layer in range(2)]
+    for t in range(14):
         rows = (" ".join(".wC"[see + (see and t - s > 2)] for s, see in enumerate(mask[t])) for mask in masks)
-        print("     ".join(rows))
+        print("       ".join(rows))
 
     ssm = AttambaAttention(config, 0).ssm
-    dt, A = F.softplus(ssm.dt_bias[0]), -ssm.A_log[0].exp()
-    print("\nWhat the state at the end of a chunk keeps of its 8 tokens (a fresh SSM):\n")
-    for head, rate in enumerate((dt * A).tolist()):
+    dt, A = F.softplus(ssm.dt_bias), -ssm.A_log.exp()
+    print("\nWhat a fresh state keeps of each of 8 tokens at the end of their chunk:\n")
+    for head, rate in enumerate((dt * A)[0].tolist()):
         print(f"head {head}   " + " ".join(f"{math.exp(rate * (7 - t)):5.2f}" for t in range(8)))
 
     model, tokens = Attamba(config), torch.randint(256, (1, 100))
-    with torch.no_grad():
-        cache = model.new_cache(1, 100)
-        steps = torch.cat([model(t, cache=cache) for t in tokens.split(1, 1)], 1)
-        error = (steps - model(tokens)).abs().max().item()
-    print(f"\n100 tokens step by step and all at once: the logits differ by at most {error:.1e}")
+    cache = model.new_cache(1, 100)
+    steps = torch.cat([model(t, cache=cache) for t in tokens.split(1, 1)], 1)
+    error = (steps - model(tokens)).abs().max().item()
+    print("\n100 tokens step by step (recurrent, cached) and all at once (parallel):")
+    print(f"logits differ by at most {error:.1e}")
 
     print("\nKV cache of one sequence, MB (dim 128, 4 layers, float32, P 8, L 64)\n\n tokens  transformer  Attamba")
     shape = dict(vocab_size=8, dim=128, n_layers=4, n_heads=4)
     models = [Attamba(AttambaConfig(**shape, **c)) for c in (dict(kv="linear", leading_tokens=None), {})]
     for t in (1, 64, 256, 1024, 4096, 16384):
         a, b = (m.new_cache(1, t).nbytes / 1e6 for m in models)
-        print(f"{t:7}  {a:11.2f}  {b:7.2f}  {'#' * max(1, round(b / 1.5))}{'-' * round((a - b) / 1.5)}")
+        print(f"{t:7}  {a:11.2f}  {b:7.2f}   {a / b:4.1f} times smaller")
 
-    print("\nWhere chunks end in this text, byte by byte (P 8, 4 layers, cyclic):\n")
-    data = text.encode()
+    print("\nWhere chunks end (^) in a text: by position alone, elsewhere in each layer (P 8)\n")
+    shown = "".join(c if c.isprintable() else " " for c in text[:76]) + (" ..." if len(text) > 76 else "")
     for layer in range(4):
-        ends = chunk_ends(replace(config, chunk_size=8, n_layers=4), torch.arange(len(data)), layer).tolist()
-        print("".join(chr(c) if 32 <= c < 127 else "?" for c in data[:76]))
-        print("".join("^" if e else " " for e in ends[:76]))
+        ends = chunk_ends(replace(config, chunk_size=8, n_layers=4), torch.arange(len(text[:76])), layer)
+        print(shown, "".join(" ^"[end] for end in ends.tolist()).rstrip(), sep="\n")
 
 
 # ---------------------------------------------------------------------------------------
@@ -1087,7 +1118,7 @@ if triton is not None:
         q, g = _rows(Q, t, S, H, D, D), _rows(G, t, S, H, D, D)
         lse = tl.load(LSE + t, mask=t < S, other=float("inf")) * 1.4426950408889634
         delta = tl.load(DELTA + t, mask=t < S, other=0.0)
-        p = tl.exp2(_dot(k, tl.trans(q)) * scale - lse[None, :])                  # (keys, queries), as both products need it
+        p = tl.exp2(_dot(k, tl.trans(q)) * scale - lse[None, :])                  # (keys, queries)
         if KIND < 2:
             p = tl.where(_seen(t[None, :], s[:, None], L, KIND), p, 0.0)
         dv += _dot(p.to(g.dtype), g)
@@ -1144,8 +1175,8 @@ if triton is not None:
     @triton.jit
     def _conv_kernel(X, W, Y, DY, DX, DW, S, front, BACKWARD: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
                      width: tl.constexpr, size: tl.constexpr, N: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr):
-        """chunk_conv of C channels, walking through the P tokens of N chunks. X (b, S, 2, z | dt | u B C) -> Y (b, S, 2, u B C),
-        W (K, 2, width). Backward: the gradient of X to DX, and these tokens' part of that of W to DW."""
+        """chunk_conv of C channels, walking through the P tokens of N chunks. X (b, S, 2, z | dt | u B C) -> Y
+        (b, S, 2, u B C), W (K, 2, width). Backward: gradient of X to DX, and these tokens' part of that of W to DW."""
         b, s = tl.program_id(1).to(tl.int64), tl.program_id(2) % 2
         j = tl.program_id(2) // 2 * C + tl.arange(0, C)[None, :]
         x_at, y_at = (b * S * 2 + s) * size + (size - width) + j, (b * S * 2 + s) * width + j
@@ -1244,8 +1275,9 @@ if triton is not None:
     @triton.jit
     def _ssm_kernel(X, UBC, BIAS, A, SKIP, Y, DY, DX, DUBC, SUMS, S, front, T, BACKWARD: tl.constexpr, P: tl.constexpr,
                     H: tl.constexpr, p: tl.constexpr, n: tl.constexpr, Q: tl.constexpr):
-        """X (b, S, 2, z | dt | .) and UBC, the convolution's (b, S, 2, u B C) before its SiLU -> y SiLU(z) (2, b, S, H p),
-        for T <= Q tokens, whole chunks of P, of one SSM: no state enters or leaves. SUMS (3, 2, H, parts): of dt_bias, A, D."""
+        """X (b, S, 2, z | dt | .) and UBC, the convolution's (b, S, 2, u B C) before its SiLU -> y SiLU(z)
+        (2, b, S, H p), for T <= Q tokens, whole chunks of P, of one SSM: no state enters or leaves.
+        SUMS (3, 2, H, parts): gradients of dt_bias, A, D."""
         b, s = tl.program_id(1).to(tl.int64), tl.program_id(2)
         width: tl.constexpr = H * p + 2 * n
         size: tl.constexpr = H * p + H + width
@@ -1355,7 +1387,7 @@ def _fold_fits(q, first, step):
 
 
 def _fold(x, first, step, L, keys=False):
-    """x (l, h, ...), `_padded` -> a view (h, P, n, ...): the queries from t0 on, or the keys, the same for all phases"""
+    """x (l, h, ...), padded -> a view (h, P, n, ...): the queries from t0 on, or the keys, the same for all phases"""
     n = (len(x) - first - L - 1) // step
     if keys:
         return x[first::step][:n].transpose(0, 1)[:, None].expand(-1, step, *[-1] * (x.dim() - 1))
@@ -1363,7 +1395,7 @@ def _fold(x, first, step, L, keys=False):
 
 
 def _padded(first, step, L, *tensors):
-    """(b, l, h, ...) with zeros behind l, so that whole steps follow t0 = first + L + 1"""
+    """(b, l, h, ...) with zeros after them, so that whole steps follow t0 = first + L + 1"""
     return (F.pad(t, (0, 0) * (t.dim() - 2) + (0, -(t.shape[1] - first - L - 1) % step)) for t in tensors)
 
 
@@ -1442,7 +1474,7 @@ _attend.register_autograd(_attend_vjp, setup_context=_attend_setup)
 def _ssm_launch(x, w, bias, A, D, first, step, inner, dy=None):
     """y, or with dy the gradients of x, w, bias, A, D."""
     (b, l, _, size), (K, _, width), H = x.shape, w.shape, A.shape[1]
-    x, w, front = x.contiguous(), w.contiguous(), step - 1 - int(first)           # front: tokens that the first chunk lacks
+    x, w, front = x.contiguous(), w.contiguous(), step - 1 - int(first)           # front: what the first chunk lacks
     ubc = x.new_empty(b, l, 2, width)
 
     def conv(name, *tensors):
@@ -1488,7 +1520,7 @@ def _ssm_backward(x: Tensor, w: Tensor, bias: Tensor, A: Tensor, D: Tensor, firs
 
 
 _ssm.register_fake(lambda x, w, bias, A, D, first, step, inner: x.new_empty(2, *x.shape[:2], inner))
-_ssm_backward.register_fake(lambda *inputs: tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs[:5]))
+_ssm_backward.register_fake(lambda *inputs: tuple(t.new_empty(t.shape) for t in inputs[:5]))
 
 
 def _ssm_setup(ctx, inputs, output):
@@ -1504,4 +1536,4 @@ _ssm.register_autograd(_ssm_vjp, setup_context=_ssm_setup)
 
 
 if __name__ == "__main__":
-    demo(*sys.argv[1:2])
+    demo(" ".join(sys.argv[1:]) or "Attamba reads a chunk token by token and keeps one key and one value of it.")
