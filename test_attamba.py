@@ -639,17 +639,20 @@ def test_bad_tokens():
         AttambaAttention(small(chunking=modulo_rule), 0)(torch.randn(1, 5, 16))
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
 def test_memory_of_a_long_layer():
-    """Forward and backward at 16,384 tokens: one S x S map of one head alone would take 1 GB."""
+    """Forward and backward at 16,384 tokens: one S x S map of one head alone would take 1 GB; measured 0.66 GB in all."""
     code = """if True:
-        import resource, torch
+        import re, torch
         from attamba import AttambaAttention, AttambaConfig
+        peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+        before = peak()
         for P in (8, None):
             layer = AttambaAttention(AttambaConfig(vocab_size=8, dim=128, n_layers=1, n_heads=4, chunk_size=P, leading_tokens=64), 0)
             layer(torch.randn(1, 16384, 128, requires_grad=True)).sum().backward()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
+        print(peak() - before)"""
     result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
-    assert int(result.stdout) * 1024 < 2.5e9
+    assert int(result.stdout) * 1024 < 1e9
 
 
 # ---------------------------------------------------------------------------------------
