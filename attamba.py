@@ -174,8 +174,8 @@ class Attamba(nn.Module):
     def new_cache(self, batch_size: int, max_len: int, max_chunks: Optional[int] = None) -> "Cache":
         """Allocate everything that decoding up to max_len tokens needs, at once.
 
-        max_chunks: chunk entries per layer; default: what max_len tokens need at most under
-        config.chunking, for a callable (or explicit masks) every token could end a chunk.
+        max_chunks: chunk entries per layer; default: what max_len tokens need at most under config.chunking
+        (a callable could end a chunk at every token). Explicit boundaries may need more: then say it here.
         Raises ValueError for sizes below 1.
         """
         layers = [block.attention.new_cache(batch_size, max_len, max_chunks) for block in self.blocks]
@@ -289,8 +289,8 @@ class AttambaAttention(nn.Module):
                 rope: Optional[tuple[Tensor, Tensor]] = None) -> Tensor:
         """x (b, l, d) -> (b, l, d). boundaries: bool (b, l) or (1, l), default config.chunking.
         cache: from new_cache; x continues it and it advances in place, without gradients. rope: cos and
-        sin (l, head_dim) of the positions as from rope_angles (one table can serve all layers), default: made
-        here; (torch.ones(1), torch.zeros(1)) turns nothing, for a model that adds positions of its own.
+        sin (l, head_dim) of these l positions as from rope_angles (one table can serve all layers), default:
+        made here; (torch.ones(1), torch.zeros(1)) turns nothing, for a model that adds positions of its own.
         Raises ValueError for a mask or a cache that does not fit."""
         if cache is not None and torch.is_grad_enabled():
             with torch.no_grad():
