@@ -131,13 +131,13 @@ def recall():
     if not tasks:
         return
     figure, axes = plt.subplots(1, len(tasks), figsize=(1.3 + 3.4 * len(tasks), 3.3), sharey=True, squeeze=False)
-    order = ["transformer", "1", "4", "8", "16", "window"]
-    shades = dict(zip(order, (COLOURS["transformer"], "#f5a3a8", "#e8606a", "#cf222e", "#82071e", COLOURS["window"])))
+    order = ["transformer", "1", "4", "8", "16", "none", "window"]
+    shades = dict(zip(order, (COLOURS["transformer"], "#f5a3a8", "#e8606a", "#cf222e", "#82071e", COLOURS["strided"], COLOURS["window"])))
     for axis, task in zip(axes[0], tasks):
         L = min(r["L"] for r in rows if r["L"] is not None)
         for row in sorted((r for r in rows if r["task"] == task and r["L"] in (L, None)), key=lambda r: order.index(r["model"])):
             points = [(b, a) for b, a in zip(row["buckets"], row["accuracy"]) if a is not None]
-            label = {"window": f"window of {L} only", "transformer": "transformer", "1": "P 1 (sees all)"}.get(row["model"], f"P {row['model']}, L {L}")
+            label = {"window": f"window of {L} only", "transformer": "transformer", "1": "P 1 (sees all)", "none": f"SSM never reset, L {L}"}.get(row["model"], f"P {row['model']}, L {L}")
             axis.plot(*zip(*points), "o-", markersize=4, color=shades[row["model"]], label=label)
         axis.set(xscale="log", xlabel="distance of the answer, tokens up to", title={"recall": "associative recall", "copy": "copying"}[task], ylim=(-0.03, 1.03))
         contexts(axis, rows[0]["buckets"])

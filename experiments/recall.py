@@ -8,8 +8,9 @@ recall  n pairs (key, value), then every key once more in random order: say its 
 copy    n random tokens, all different, a separator, then the same tokens again.
 
 Only the answers count for the loss. The distance of an answer is how many tokens back the token that
-holds it lies; n varies, so distances do. Sizes: 1 is full attention, "window" sees only the window, and
-"transformer" is plain attention. One line a (task, model) in experiments/results/recall.jsonl.
+holds it lies; n varies, so distances do. Sizes: 1 is full attention, "none" has SSMs that are never
+reset and no chunk ends, "window" sees only the window, without SSMs, and "transformer" is plain attention.
+One line a (task, model) in experiments/results/recall.jsonl.
 """
 import argparse
 import json
@@ -102,7 +103,7 @@ def accuracy(task, model, device):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default="recall,copy")
-    parser.add_argument("--sizes", default="transformer,1,4,8,16,window", help='chunk sizes, "window" or "transformer"')
+    parser.add_argument("--sizes", default="transformer,1,4,8,16,none,window", help='chunk sizes, "none", "window" or "transformer"')
     parser.add_argument("--leading_tokens", default="8", help="comma-separated")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch_size", type=int, default=64)
@@ -124,7 +125,7 @@ def main(arguments=None):
                 if size == "transformer":
                     config = AttambaConfig(**shape, kv="linear", chunk_size=None, leading_tokens=None)
                 else:
-                    config = AttambaConfig(**shape, chunk_size=None if size == "window" else int(size), leading_tokens=L)
+                    config = AttambaConfig(**shape, chunk_size=None if size in ("window", "none") else int(size), leading_tokens=L)
                     if size == "window":
                         config.kv = "linear"
                     elif size == "1":
