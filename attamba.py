@@ -44,6 +44,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Callable, Iterator, Optional, Union
 
 import torch
@@ -187,10 +188,12 @@ class Attamba(nn.Module):
         """Continue tokens (b, l); yields (b, 1) int64 max_new_tokens times. temperature 0 takes the
         likeliest token; top_k and top_p (probability mass) cut the tail; seed repeats a sample.
         Raises ValueError for a negative temperature or count, top_k below 1, top_p outside (0, 1]."""
-        for name, ok in (("max_new_tokens", max_new_tokens >= 0), ("temperature", temperature >= 0),
-                         ("top_k", top_k is None or top_k >= 1), ("top_p", top_p is None or 0 < top_p <= 1)):
+        for name, value, ok in (("max_new_tokens", max_new_tokens, max_new_tokens >= 0),
+                                ("temperature", temperature, temperature >= 0),
+                                ("top_k", top_k, top_k is None or top_k >= 1),
+                                ("top_p", top_p, top_p is None or 0 < top_p <= 1)):
             if not ok:
-                raise ValueError(f"{name} is out of range: {locals()[name]!r}")
+                raise ValueError(f"{name} is out of range: {value!r}")
         generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
         cache = self.new_cache(len(tokens), tokens.shape[1] + max_new_tokens)
         for _ in range(max_new_tokens):
@@ -601,10 +604,7 @@ def ssm_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
     dtype = torch.promote_types(u.dtype, torch.float32)
     if boundaries is None:
         boundaries = torch.zeros(1, l, dtype=torch.bool, device=u.device)
-    block = min(block, l)
-
-    def blocks(t):
-        return _blocks(t, block)
+    blocks = partial(_blocks, size=min(block, l))
 
     def per_group(t):
         """(b, c, H, ...) -> (b, c, g, H/g, ...)"""
