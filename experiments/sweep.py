@@ -189,7 +189,8 @@ def rows(shape, shrink=1):
     # The open problem: one idea at a time against attamba-p8-l64, with its cache unless the name says otherwise.
     thin = dict(kv="linear+ssm", chunk_size=8)
     mixed = lambda *chunks: equal_layers(main, s1, lambda L: [(chunks[i * len(chunks) // n if len(chunks) < n else i], L) for i in range(n)])
-    whole = lambda L, P=8: [(P, None) if i == n // 2 else (None, L) for i in range(n)]      # one layer keeps every token
+    # One layer keeps every token; its SSMs are still reset, every P tokens, where P is not None.
+    whole = lambda L, P=8: [(P, None) if i == n // 2 else (None, L) for i in range(n)]
 
     def layered(name, sizes, **changes):
         add("open", name, equal_layers(main, s1, sizes, **changes))
@@ -200,6 +201,7 @@ def rows(shape, shrink=1):
     add("open", "full-attention-ssm-keep", dict(keep, leading_tokens=None))                 # and the SSMs without a smaller cache
     for kv, note in (("linear+ssm", "-keep"), ("ssm", "")):
         layered("one-full-layer-rest-window-ssm" + note, whole, kv=kv)
+        layered("one-full-layer-rest-window-ssm-no-reset" + note, lambda L: whole(L, None), kv=kv)
         layered("two-layers-p2-rest-window-ssm" + note, lambda L: [(2, L) if i % 4 == 3 else (None, L) for i in range(n)], kv=kv)
         layered("every-other-layer-p4-window-ssm" + note, lambda L: [(4 if i % 2 else None, L) for i in range(n)], kv=kv)
         layered("window-ssm" + note, lambda L: [(None, L)] * n, kv=kv)
