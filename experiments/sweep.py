@@ -8,7 +8,7 @@
     python experiments/sweep.py recall                   # the synthetic tasks of recall.py (takes its options)
     python experiments/sweep.py claims --quick           # tiny shapes, to try the script on a CPU
 
-Groups: lr, claims, claims4096, smooth, english, open. Appends one line a run to experiments/results/sweep.jsonl
+Groups: lr, claims, claims4096, smooth, english, open, open4096. Appends one line a run to experiments/results/sweep.jsonl
 and skips what is there; a run that was stopped goes on from its checkpoint when the same command is given again.
 Corpora (Python source of this machine, English) are made on first use and kept in --work.
 """
@@ -194,6 +194,7 @@ def rows(shape, shrink=1):
 
     def layered(name, sizes, **changes):
         add("open", name, equal_layers(main, s1, sizes, **changes))
+        add("open4096", name, equal_layers(main, s4, sizes, **changes), seq_len=s4)
 
     layered("one-full-layer-rest-window", lambda L: whole(L, None), kv="linear")
     keep = dict(kv="linear+ssm", chunk_size=None)
@@ -313,7 +314,7 @@ def main():
         import recall
         return recall.main(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="+", help="list, lr, claims, claims4096, smooth, english, open, recall")
+    parser.add_argument("groups", nargs="+", help="list, lr, claims, claims4096, smooth, english, open, open4096, recall")
     parser.add_argument("--only", default="*", help="comma-separated patterns of names")
     parser.add_argument("--seeds", default="0,1", help="of those that a row has")
     parser.add_argument("--data", default=str(ROOT.parent / "shared/data"), help="folder of the English texts")
