@@ -468,9 +468,8 @@ class ChunkSSM(nn.Module):
         else:
             y, h, conv = self._mix(x, boundaries, h, conv)                        # (b, l, 2, inner)
             return self._out(y, x.dtype), (h, conv)
-        tail = (l - 1 - int(first)) % P if l > first else l                       # tokens since the last chunk end:
-        if h is not None and tail:                                                # they alone make the final state
-            _, h, conv = self._mix(x[:, l - tail:], boundaries[:, l - tail:], h, conv)
+        if h is not None and (tail := min(l, (l - 1 - int(first)) % P)):          # tokens since the last chunk end:
+            _, h, conv = self._mix(x[:, l - tail:], boundaries[:, l - tail:], h, conv)   # they alone make the final state
         return self._out(y, x.dtype), (h, conv)
 
     def _project(self, a):

@@ -71,6 +71,16 @@ def model_of(config, dtype=torch.float64):
     return model
 
 
+def compiled(model):
+    """A copy whose blocks are compiled."""
+    torch._dynamo.reset()
+    model = copy.deepcopy(model)
+    model.zero_grad()
+    for block in model.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    return model
+
+
 # ---------------------------------------------------------------------------------------
 # The SSM
 
@@ -325,11 +335,7 @@ def check_case(seed):
         fast, tolerance = run(model), TOLERANCE[dtype]
         others = [fast]
         if seed % 50 == 3:
-            torch._dynamo.reset()
-            compiled = copy.deepcopy(model)
-            for block in compiled.blocks:
-                block.compile(backend="aot_eager", fullgraph=True)
-            others.append(run(compiled))
+            others.append(run(compiled(model)))
         if torch.cuda.is_available():
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(attamba, "rope_angles", tables)
@@ -962,21 +968,22 @@ def test_public_names_have_docstrings():
 # float64: RoPE's tables are float32 and a GPU's sine differs in the last bit; measured 3.0e-9 on an H200
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-7), (torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 def test_gpu_agrees_with_cpu(dtype, tolerance):
-    """With heads of 32 and states of 16, so that the kernels take part where there are chunks of a fixed step."""
+    """With heads of 32 and states of 16, so that the kernels take part where there are chunks of a fixed step;
+    as it is and compiled."""
     for changes in (dict(), dict(chunking=modulo_rule), dict(chunk_size=(None, 4), leading_tokens=(5, None))):
         config = small(dim=64, ssm_state=16, **changes)
         exact = Attamba(config).double()
         model = Attamba(config).cuda()
         model.load_state_dict(exact.state_dict())
         tokens = torch.randint(19, (2, 100))
-        model = model.to(dtype)
-        logits = model(tokens.cuda())
-        close(logits.cpu().double(), exact(tokens), tolerance)
-        weights = torch.randn_like(logits)
-        (logits * weights).sum().backward()
-        (exact(tokens) * weights.cpu()).sum().backward()
-        for a, b in zip(model.parameters(), exact.parameters()):
-            close(a.grad.cpu().double(), b.grad, tolerance)
+        weights = torch.randn(2, 100, 19)
+        (exact(tokens) * weights).sum().backward()
+        for model in (model.to(dtype), compiled(model.to(dtype))):
+            logits = model(tokens.cuda())
+            close(logits.cpu().double(), exact(tokens), tolerance)
+            (logits * weights.cuda()).sum().backward()
+            for a, b in zip(model.parameters(), exact.parameters()):
+                close(a.grad.cpu().double(), b.grad, tolerance)
 
 
 @pytest.mark.skipif(attamba.triton is None or not attamba.INTERPRET, reason="needs triton and TRITON_INTERPRET=1")
@@ -989,12 +996,13 @@ def test_kernels_in_the_interpreter(P, length):
     exact = Attamba(config).double()  # float64 takes the plain path
     exact.load_state_dict(model.state_dict())
     weights = torch.randn(2, length, 19) * 100
-    for m in (model, exact):
-        (m(tokens) * weights).sum().backward()
-    close(model(tokens).double(), exact(tokens), 1e-4)
-    for a, b in zip(model.parameters(), exact.parameters()):
-        size = b.grad.abs().max()  # relative to each gradient's own size, however small
-        close(a.grad.double() / size, b.grad / size, 1e-4)
+    for m in (exact, model, compiled(model)):
+        logits = m(tokens)
+        (logits * weights).sum().backward()
+        close(logits.double(), exact(tokens), 1e-4)
+        for a, b in zip(m.parameters(), exact.parameters()):
+            size = b.grad.abs().max()  # relative to each gradient's own size, however small
+            close(a.grad.double() / size, b.grad / size, 1e-4)
     with torch.no_grad():
         cache = model.new_cache(2, length)
         parts = [model(t, cache=cache) for t in tokens.split([length - 4, 1, 1, 1, 1], 1)]
