@@ -128,10 +128,6 @@ class Attamba(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
-        if config.chunking in ("uniform", "cyclic"):   # first chunk end and step of each layer, for a step of decoding
-            layers = [block.attention for block in self.blocks]
-            grid = torch.tensor([(int(a.first), a.config.chunk_size or 2 * NEVER) for a in layers])
-            self.register_buffer("grid", grid.T[..., None, None], persistent=False)   # (2, layers, 1, 1)
 
     def forward(self, tokens: Tensor, boundaries: Optional[Tensor] = None, cache: Optional["Cache"] = None) -> Tensor:
         """tokens (b, l) int64 -> logits (b, l, vocab_size).
@@ -144,32 +140,33 @@ class Attamba(nn.Module):
         if cache is not None and torch.is_grad_enabled():
             with torch.no_grad():
                 return self.forward(tokens, boundaries, cache)
-        _check_call(self.config, tokens, boundaries, cache)
-        if cache and boundaries is None and _graph_fits(self, tokens, cache):
-            return _replay(self, tokens, cache)
-        ends = self._boundaries(tokens, boundaries, cache)
-        if cache:
-            for block, layer, own in zip(self.blocks, cache.layers, ends):        # all, before any of them changes
-                layer.check(block.attention.boundaries(tokens.shape[1], cache.position, own), boundaries is None)
-        return self._run(tokens, ends, cache)
+        _check_tokens(self.config, tokens)
+        masks = self._masks(tokens, boundaries, cache)
+        if cache:  # all layers, before any of them changes
+            for block, layer, mask in zip(self.blocks, cache.layers, masks):
+                layer.check(block.attention, len(tokens), tokens.shape[1], mask)
+            if boundaries is None and _graph_fits(self, tokens, cache):
+                return _replay(self, tokens, cache)
+        return self._run(tokens, masks, cache)
 
-    def _boundaries(self, tokens, boundaries, cache) -> list[Optional[Tensor]]:
-        """Chunk ends (b or 1, l) for each layer; None where the layer's own rule says it."""
-        layers, rule = range(len(self.blocks)), self.config.chunking
-        if cache and boundaries is None and tokens.shape[1] == 1 and rule in ("uniform", "cyclic"):
-            return list((cache.position - self.grid[0]) % self.grid[1] == 0)      # (1, 1) each, in few operations
-        if boundaries is not None or not callable(rule):
-            return [boundaries for _ in layers]
-        positions = torch.arange(tokens.shape[1], device=tokens.device) + (cache.position if cache else 0)
-        return [_call_rule(rule, tokens, positions, layer) for layer in layers]
+    def _masks(self, tokens, boundaries, cache) -> list[Optional[Tensor]]:
+        """Chunk ends (b, l) for each layer; None where the layer's own rule says it."""
+        (b, l), rule, layers = tokens.shape, self.config.chunking, range(len(self.blocks))
+        if boundaries is not None:
+            return [_check_mask(boundaries, (b,), l) for _ in layers]
+        if not callable(rule):
+            return [None for _ in layers]
+        positions = torch.arange(l, device=tokens.device) + (cache.position if cache else 0)
+        return [_check_mask(rule(tokens, positions, layer), (b,), l, "what a chunking rule returns") for layer in layers]
 
-    def _run(self, tokens, boundaries, cache):
+    def _run(self, tokens, masks, cache):
+        """Embedding to logits, all checked."""
         c, start = self.config, cache.position if cache else 0
         rope = rope_angles(start, tokens.shape[1], c.head_dim, c.rope_theta, tokens.device)
         x = self.embed(tokens)                                                    # (b, l, d)
         for i, block in enumerate(self.blocks):
             # Compiling a block is for training: with a cache, which Python steers, it runs as it is.
-            x = block.forward(x, boundaries[i], cache.layers[i], rope) if cache else block(x, boundaries[i], None, rope)
+            x = block.forward(x, masks[i], cache.layers[i], rope) if cache else block(x, masks[i], None, rope)
         return self.head(self.norm(x))                                            # (b, l, vocab_size)
 
     def new_cache(self, batch_size: int, max_len: int, max_chunks: Optional[int] = None) -> "Cache":
@@ -179,10 +176,8 @@ class Attamba(nn.Module):
         (a callable could end a chunk at every token). Explicit boundaries may need more: then say it here.
         Raises ValueError for sizes below 1.
         """
-        layers = [block.attention.new_cache(batch_size, max_len, max_chunks) for block in self.blocks]
-        return Cache(layers, batch_size, self.config)
+        return Cache([block.attention.new_cache(batch_size, max_len, max_chunks) for block in self.blocks])
 
-    @torch.no_grad()
     def stream(self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: Optional[int] = None,
                top_p: Optional[float] = None, seed: Optional[int] = None) -> Iterator[Tensor]:
         """Continue tokens (b, l); yields (b, 1) int64 max_new_tokens times. temperature 0 takes the
@@ -196,10 +191,13 @@ class Attamba(nn.Module):
                 raise ValueError(f"{name} is out of range: {value!r}")
         generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
         cache = self.new_cache(len(tokens), tokens.shape[1] + max_new_tokens)
-        for _ in range(max_new_tokens):
-            logits = self(tokens, cache=cache)[:, -1].float()                     # (b, vocab_size)
-            tokens = sample(logits, temperature, top_k, top_p, generator)         # (b, 1)
-            yield tokens
+
+        def steps(tokens):
+            for _ in range(max_new_tokens):
+                logits = self(tokens, cache=cache)[:, -1].float()                 # (b, vocab_size)
+                tokens = sample(logits, temperature, top_k, top_p, generator)     # (b, 1)
+                yield tokens
+        return steps(tokens)
 
     def generate(self, tokens: Tensor, max_new_tokens: int, **options) -> Tensor:
         """tokens (b, l) -> (b, l + max_new_tokens), sampled with the options of `stream`."""
@@ -257,23 +255,18 @@ class AttambaAttention(nn.Module):
             nn.init.normal_(self.wkv.weight, std=0.02)
         if "ssm" in c.kv:
             self.ssm = ChunkSSM(c, c.dim if c.kv == "ssm" else kv_dim, kv_dim)
-        # Layer and first chunk end are data, not constants of the code: all layers share one compiled graph.
-        self.register_buffer("layer", torch.tensor(layer), persistent=False)
-        first = first_end(c, layer)                    # None unless chunks have a fixed step
+        # Layer and first chunk end (None unless chunks have a fixed step) are data, not constants of the code, so
+        # that all layers share one compiled graph. They stay on the CPU: reading them must not wait for a GPU.
+        self.layer, first = torch.tensor(layer, device="cpu"), first_end(c, layer)
         self.first = None if first is None else torch.tensor(first, device="cpu")
 
-    def boundaries(self, length: int, start: int = 0, boundaries: Optional[Tensor] = None) -> Tensor:
-        """Which of the tokens start ... start + length - 1 end a chunk: bool (1, length), or the mask
-        given. Raises ValueError for a wrong one, or if config.chunking is a callable and none is given."""
-        if boundaries is not None:
-            if boundaries.dtype != torch.bool or boundaries.dim() != 2 or boundaries.shape[1] != length:
-                raise ValueError(f"boundaries must be bool of shape (batch or 1, {length}), "
-                                 f"but got {boundaries.dtype} {tuple(boundaries.shape)}")
-            return boundaries
+    def boundaries(self, length: int, start: int = 0, device: Optional[torch.device] = None) -> Tensor:
+        """Which of the tokens start ... start + length - 1 end a chunk, by the layer's own rule: bool (1, length).
+        Raises ValueError if config.chunking is a callable: that needs the tokens."""
         if callable(self.config.chunking):
             raise ValueError("with a callable chunking the layer needs the mask: "
                              "pass boundaries=rule(tokens, positions, layer)")
-        positions = start + torch.arange(length, device=self.layer.device)
+        positions = start + torch.arange(length, device=device or self.wq.weight.device)
         return chunk_ends(self.config, positions, self.layer)[None]
 
     def new_cache(self, batch_size: int, max_len: int, max_chunks: Optional[int] = None) -> "LayerCache":
@@ -282,35 +275,39 @@ class AttambaAttention(nn.Module):
                                    ("max_chunks", max_chunks or 0, 0)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, but it is {value}")
-        L, roomy = self.config.leading_tokens, max_chunks is None
-        if roomy:  # only a token that has left the window needs an entry
+        L, rule_fits = self.config.leading_tokens, max_chunks is None
+        if rule_fits:  # only a token that has left the window needs an entry
             outside = 0 if L is None else max(0, max_len - L - 1)
-            max_chunks = outside if callable(self.config.chunking) else int(self.boundaries(outside).sum())
-        return LayerCache(self.config, batch_size, max_len, max_chunks, roomy, self.wq.weight)
+            max_chunks = outside if callable(self.config.chunking) else int(self.boundaries(outside, device="cpu").sum())
+        return LayerCache(self.config, batch_size, max_len, max_chunks, rule_fits, self.wq.weight)
 
     def forward(self, x: Tensor, boundaries: Optional[Tensor] = None, cache: Optional["LayerCache"] = None,
-                rope: Optional[tuple[Tensor, Tensor]] = None) -> Tensor:
+                rope: Union[tuple[Tensor, Tensor], bool, None] = None) -> Tensor:
         """x (b, l, d) -> (b, l, d). boundaries: bool (b, l) or (1, l), default config.chunking.
         cache: from new_cache; x continues it and it advances in place, without gradients. rope: cos and
-        sin (l, head_dim) of these l positions as from rope_angles (one table can serve all layers), default:
-        made here; (torch.ones(1), torch.zeros(1)) turns nothing, for a model that adds positions of its own.
-        Raises ValueError for a mask or a cache that does not fit."""
+        sin (l, head_dim), or (b, l, head_dim), of these l positions as from rope_angles (one table can serve
+        all layers); default: made here; False: none, for a model that adds positions of its own.
+        Raises ValueError for an empty x, a mask or a cache that does not fit."""
         if cache is not None and torch.is_grad_enabled():
             with torch.no_grad():
                 return self.forward(x, boundaries, cache, rope)
-        c, l, start = self.config, x.shape[1], cache.position if cache else 0
-        ends = self.boundaries(l, start, boundaries)                              # (1 or b, l)
-        if cache and not cache.in_model:  # a model has checked all its layers before any of them changes
-            if cache.kv.shape[1] != len(x):
-                raise ValueError(f"this cache was made for batch size {cache.kv.shape[1]}, but x has {len(x)} rows")
-            cache.check(ends, boundaries is None)
+        if x.dim() != 3 or x.numel() == 0:
+            raise ValueError(f"x must be of shape (batch, length, {self.config.dim}), not empty, but got {tuple(x.shape)}")
+        c, (b, l, _), start = self.config, x.shape, cache.position if cache else 0
+        ends = self.boundaries(l, start) if boundaries is None else _check_mask(boundaries, (1, b), l)   # (1 or b, l)
+        if cache and isinstance(start, int):  # (a tensor while a CUDA graph is recorded)
+            cache.check(self, b, l, boundaries)
         decoding = cache is not None and l == 1
+        # With chunks of a fixed step from position 0 on, `first` says where they end, without a look at the mask.
         first = self.first if boundaries is None and not decoding and not start else None
         q = self.wq(x).unflatten(-1, (c.n_heads, c.head_dim))                     # (b, l, heads, head_dim)
         k, v = (t.unflatten(-1, (c.n_kv_heads, c.head_dim)) for t in self.keys_values(x, ends, first, cache))
-        rope = rope or rope_angles(start, l, c.head_dim, c.rope_theta, x.device)
-        k, v = rotate(k, *rope).to(q.dtype), v.to(q.dtype)
-        q, k, v = (t.transpose(1, 2) for t in (rotate(q, *rope).to(q.dtype), k, v))   # (b, heads, l, head_dim)
+        dtype = q.dtype
+        if rope is None:
+            rope = rope_angles(start, l, c.head_dim, c.rope_theta, x.device)
+        if rope is not False:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k, v = (t.to(dtype).transpose(1, 2) for t in (q, k, v))                # (b, heads, l, head_dim)
         if decoding:  # everything visible lies in the cache
             cache.append(k, v, ends)
             out = cache.attend(q).to(q.dtype)
@@ -342,7 +339,8 @@ class AttambaAttention(nn.Module):
         else:
             out, new = self.ssm(a, ends, first, *state)
             if cache:
-                cache.h.copy_(new[0]), cache.conv.copy_(new[1])
+                cache.h.copy_(new[0])
+                cache.conv.copy_(new[1])
         return [residual + y for residual, y in zip(base, out)]
 
 
@@ -451,25 +449,27 @@ class ChunkSSM(nn.Module):
         self.D = nn.Parameter(torch.ones(2, c.ssm_heads))
         self.w_out = nn.Parameter(torch.randn(2, dim_out, c.ssm_inner) * 0.02)
 
-    def forward(self, a: Tensor, boundaries: Optional[Tensor] = None, first: Optional[Tensor] = None,
+    def forward(self, a: Tensor, boundaries: Tensor, first: Optional[Tensor] = None,
                 h: Optional[Tensor] = None, conv: Optional[Tensor] = None):
-        """a (b, l, dim_in) or, if W_K and W_V are kept, (b, l, 2, dim_in); boundaries (b or 1, l) bool or None for
-        none; state as in LayerCache -> [keys, values] (b, l, dim_out) each, (h, conv) after the last token.
-        first: as in `attend`; the sequence must then start at position 0."""
+        """a (b, l, dim_in) or, if W_K and W_V are kept, (b, l, 2, dim_in); boundaries (b or 1, l) bool; state as in
+        LayerCache, None for the start -> [keys, values] (b, l, dim_out) each, (h, conv) after the last token.
+        first: as in `attend`; the sequence must then start at position 0, where the state is zero."""
         c, P, l = self.config, self.config.chunk_size, a.shape[1]
         x, fixed = self._project(a), first is not None and P is not None          # (b, l, 2, z | dt | u B C)
         if fixed and _ssm_kernel_fits(x, c, P):
             y = _ssm(x, self.w_conv, *self._rates(x), first, P, c.ssm_inner).movedim(0, 2)
         elif fixed and P > 3 and not torch.compiler.is_compiling():
-            # Each chunk is a sequence of its own, so they make a batch; the first one lacks some tokens.
+            # Each chunk is a sequence of its own, so they make a batch, without masks; the first one lacks `front` tokens.
+            # (Slower for shorter chunks; and a compiled graph cannot ask for a size that depends on data.)
             front = P - 1 - int(first)
             chunks = F.pad(x, (0, 0, 0, 0, front, -(front + l) % P)).unflatten(1, (-1, P)).flatten(0, 1)
             y = self._mix(chunks)[0].unflatten(0, (len(x), -1)).flatten(1, 2)[:, front:front + l]
         else:
             y, h, conv = self._mix(x, boundaries, h, conv)                        # (b, l, 2, inner)
             return self._out(y, x.dtype), (h, conv)
-        if h is not None and (tail := min(l, (l - 1 - int(first)) % P)):          # tokens since the last chunk end:
-            _, h, conv = self._mix(x[:, l - tail:], boundaries[:, l - tail:], h, conv)   # they alone make the final state
+        open_tokens = h is not None and min(l, (l - 1 - int(first)) % P)          # since the last chunk end:
+        if open_tokens:                                                           # they alone make the final state
+            _, h, conv = self._mix(x[:, -open_tokens:], boundaries[:, -open_tokens:], h, conv)
         return self._out(y, x.dtype), (h, conv)
 
     def _project(self, a):
@@ -484,7 +484,7 @@ class ChunkSSM(nn.Module):
         return self.dt_bias.to(dtype), -self.A_log.to(dtype).exp(), self.D.to(dtype)
 
     def _mix(self, x, boundaries=None, h=None, conv=None):
-        """All between W_in and the norm: x (b, l, 2, z | dt | u B C) -> y (b, l, 2, inner), and the new state."""
+        """Convolution, scan and gate: x (b, l, 2, z | dt | u B C) -> y SiLU(z) (b, l, 2, inner), and the new state."""
         c, (dt_bias, A, D) = self.config, self._rates(x)
         z, dt, ubc = x.split(self.sizes, -1)
         ubc, conv = chunk_conv(ubc, self.w_conv, boundaries, conv)
@@ -513,7 +513,8 @@ class ChunkSSM(nn.Module):
         u, B, C = ubc.split((c.ssm_inner, c.ssm_state, c.ssm_state), -1)          # (b, 2, ...)
         u, dt = u.reshape(len(a), 2 * c.ssm_heads, -1), F.softplus(dt.to(h.dtype) + dt_bias).flatten(1)
         y, state = ssm_step(h, u.to(h.dtype), dt, A.flatten(), B.to(h.dtype), C.to(h.dtype), D.flatten())
-        h.copy_(state * keep), conv.copy_(past[:, 1:] * keep)
+        h.copy_(state * keep)
+        conv.copy_(past[:, 1:] * keep)
         return self._out((y.view(len(a), 1, 2, -1) * F.silu(z)[:, None]), x.dtype)
 
 
@@ -522,8 +523,8 @@ def chunk_conv(x: Tensor, weight: Tensor, boundaries: Optional[Tensor] = None, t
 
         y_t = sum_j weight[j] x_{t-j}     over j = 0 ... k-1 while t-j lies in t's chunk
 
-    x (b, l, *c), weight (k, *c) with weight[0] on the token itself, boundaries (b or 1, l) bool or
-    None for none, tail (b, k - 1, *c) the last inputs before x, zero outside the current chunk
+    x (b, l, *c), weight (k, *c) with weight[0] on the token itself, boundaries (b or 1, l) bool, or None for
+    none (without a tail only), tail (b, k - 1, *c) the last inputs before x, zero outside the current chunk
     -> y (b, l, *c), and the tail after x if one was given. Source: [1, section 3], [2].
     """
     k, l, ones = len(weight), x.shape[1], [1] * (x.dim() - 2)
@@ -597,8 +598,8 @@ def ssm_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
         y_i = sum_j M_ij (C_i . B_j) dt_j u_j,   M_ij = exp(sum of dt A over j+1 ... i)   j <= i, same chunk
                                                       = 0                                 otherwise
 
-    and what a block leaves behind is carried on to the next by _carry. Decays are summed within
-    a block only, and a boundary is a zero in M, never a large negative number in a sum.
+    and what a block leaves behind is carried on to the next by _carry. Decays are summed within a block only
+    (in _carry: within 64 of them), and a boundary is a zero in M, never a large negative number in a sum.
     """
     (b, l, H, p), (g, n) = u.shape, B.shape[2:]
     dtype = torch.promote_types(u.dtype, torch.float32)
@@ -646,8 +647,9 @@ def _decays(cum: Tensor, chunk: Tensor) -> Tensor:
 def _carry(log_a: Tensor, reset: Tensor, s: Tensor, h: Optional[Tensor], block: int = 64) -> tuple[Tensor, Tensor]:
     """States between blocks: h_{c+1} = a_c h_c + s_c with a_c = 0 where reset. It is the same kind
     of recurrence as the tokens', so it is solved in the same way, blocks of blocks, recursively.
-    log_a (b, c, H), reset (b or 1, c), s (b, c, H, f), h (b, H, f...) or None for zero -> (b, c, H, f)
-    states entering each block, (b, H, f) the last."""
+    log_a (b, c, H), reset (b or 1, c), s (b, c, H, f = p n), h (b, H, f...) or None for zero -> (b, c, H, f)
+    states entering each block, (b, H, f) the last. (A token's boundary acts after it, a block's reset on what
+    enters it: so `resets` counts a block's own, `chunk` in ssm_scan not a token's own.)"""
     b, c, H, f = s.shape
     h = s.new_zeros(b, H, f) if h is None else h.reshape(b, H, f).to(s.dtype)
     if c == 1:
@@ -674,27 +676,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, leading_tokens: 
     tokens. boundaries (b or 1, l) bool. first (0-d int64, on the CPU), if given, says the same as boundaries:
     first, first + chunk_size, ... (none for chunk_size None). -> (b, heads, lq, head_dim)
     """
-    L, lq, l, P, dev = leading_tokens, q.shape[2], k.shape[2], chunk_size, q.device
+    L, lq, l, P, dev = leading_tokens, q.shape[2], k.shape[2], chunk_size or NEVER, q.device
     if (L is None or L >= l - 1) and lq == l:  # the window holds everything: ordinary causal attention
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     L = l - 1 if L is None else min(L, l - 1)
     if q.shape[1] != k.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     if first is not None and lq == l and _kernels_fit(q):
-        return _attend(*(t.transpose(1, 2).contiguous() for t in (q, k, v)), first, P or 1, L)[0].transpose(1, 2)
+        return _attend(*(t.transpose(1, 2).contiguous() for t in (q, k, v)), first, P, L)[0].transpose(1, 2)
 
     compiling = torch.compiler.is_compiling()          # then sizes must not depend on data: upper bounds
-    if first is None:  # the tokens that end a chunk, l (nobody) where a row has fewer: (b or 1, count)
+    # Which tokens end a chunk: (b or 1, count), l or more where a row has fewer.
+    if first is None:
         count = l if compiling else max(boundaries.sum(1).tolist())
-        ends = torch.arange(l, device=dev).masked_fill(~boundaries, l).sort(1).values[:, :count]
+        end_at = torch.arange(l, device=dev).masked_fill(~boundaries, l).sort(1).values[:, :count]
     else:
-        ends = (first + torch.arange(0, l if P else 0, P or 1, device=dev))[None]
-    at = ends.clamp(max=l - 1)[:, None, :, None].expand(len(q), q.shape[1], -1, q.shape[3])
+        end_at = (first + torch.arange(0, l, P, device=dev))[None]
+    at = end_at.clamp(max=l - 1)[:, None, :, None].expand(len(q), q.shape[1], -1, q.shape[3])
     end_k, end_v = k.gather(2, at), v.gather(2, at)                               # (b, heads, count, head_dim)
 
-    size, off = max(128, L, l // 64), l - lq           # at most some 64 blocks: longer ones cost little more
-    # The window of a block: its own tokens and the end of the block before (before the first: what the cache held).
-    # Blocks are split, not sliced: the gradient of every slice would be as long as k.
+    size, off = max(128, L, l // 64), l - lq           # queries per block (at most some 64 blocks); keys before the first
+    # The keys near a block: its own tokens and the last L of the block before (before the first: of what the cache held).
+    # They are split off, not sliced: the gradient of every slice would be as long as k.
     sizes = [min(L, off), *[size] * (lq // size), *[lq % size] * (lq % size > 0)]
     before, *blocks = zip(*(t[:, :, off - sizes[0]:].split(sizes, 2) for t in (k, v)))
     out, start = [], off
@@ -702,13 +705,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, leading_tokens: 
         stop = start + q_block.shape[2]
         k_near, v_near = (torch.cat([x[:, :, max(0, x.shape[2] - L):], y], 2) for x, y in zip(before, block))
         if first is not None:  # how many chunk ends, at most, lie outside the window of the block's last query
-            seen = len(range(0, stop - 1 - L, P)) if P else 0
+            seen = len(range(0, stop - 1 - L, P))
         else:
-            seen = max(0, stop - 1 - L) if compiling else int((ends < stop - 1 - L).sum(1).max())
+            seen = max(0, stop - 1 - L) if compiling else int((end_at < stop - 1 - L).sum(1).max())
         t = torch.arange(start, stop, device=dev)[:, None]
         s = torch.arange(stop - k_near.shape[2], stop, device=dev)
         window = (s <= t) & (t - s <= L)                                          # (queries, keys)
-        mask = torch.cat([ends[:, None, :seen] < t - L, window.expand(len(ends), -1, -1)], 2)
+        mask = torch.cat([end_at[:, None, :seen] < t - L, window.expand(len(end_at), -1, -1)], 2)
         k_seen, v_seen = torch.cat([end_k[:, :, :seen], k_near], 2), torch.cat([end_v[:, :, :seen], v_near], 2)
         out.append(F.scaled_dot_product_attention(q_block, k_seen, v_seen, attn_mask=mask[:, None]))
         before, start = block, stop
@@ -748,20 +751,19 @@ class LayerCache:
     h           (b, 2 ssm_heads, p, n) float32  states of the two SSMs; None for kv="linear"
     conv        (b, conv_size - 1, 2, channels) last inputs of their convolutions; likewise
     position    int                  tokens seen so far; at most max_len
-    roomy       max_chunks suffices for every text of max_len tokens, if chunks end by config.chunking
-    in_model    the model checks the input, for all layers at once
+    rule_fits   max_chunks suffices for every text of max_len tokens, if chunks end by config.chunking
     """
 
-    def __init__(self, config: AttambaConfig, batch_size: int, max_len: int, max_chunks: int, roomy: bool,
-                 like: Tensor):
-        c, L, dtype, device = config, config.leading_tokens, like.dtype, like.device
-        self.max_len, self.max_chunks, self.roomy, self.position = max_len, max_chunks, roomy, 0
+    def __init__(self, config: AttambaConfig, batch_size: int, max_len: int, max_chunks: int, rule_fits: bool,
+                 weight: Tensor):
+        c, L, dtype, device = config, config.leading_tokens, weight.dtype, weight.device
+        self.config, self.max_len, self.max_chunks, self.rule_fits, self.position = c, max_len, max_chunks, rule_fits, 0
         self.window = W = max_len if L is None else min(L + 1, max_len)
         new = dict(dtype=dtype, device=device)
         self.kv = torch.zeros(2, batch_size, c.n_kv_heads, W + max_chunks, c.head_dim, **new)
         self.ends = torch.zeros(batch_size, W, dtype=torch.bool, device=device)
         self.n_chunks = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.h, self.conv, self.in_model = None, None, False
+        self.h, self.conv = None, None
         if "ssm" in c.kv:
             self.h = torch.zeros(batch_size, 2 * c.ssm_heads, c.ssm_inner // c.ssm_heads, c.ssm_state,
                                  dtype=torch.promote_types(dtype, torch.float32), device=device)
@@ -778,23 +780,26 @@ class LayerCache:
         in_use = min(self.position, self.window)
         return torch.arange(self.position - in_use, self.position, device=self.ends.device) % self.window
 
-    def check(self, boundaries: Tensor, by_rule: bool) -> None:
-        """Is there room for these (b or 1, l) new tokens? Raises ValueError if not; changes nothing."""
-        l = boundaries.shape[1]
-        if self.position + l > self.max_len:
-            raise ValueError(f"the cache is full: it holds {self.position} tokens, {l} more were given, "
+    def check(self, attention: AttambaAttention, rows: int, length: int, boundaries: Optional[Tensor] = None) -> None:
+        """Was this cache made for that layer, and is there room for `length` tokens more, whose chunks end as
+        boundaries (b or 1, length) say, or by the layer's rule? Raises ValueError if not; changes nothing."""
+        if self.kv.shape[1] != rows or self.config != attention.config:
+            raise ValueError(f"this cache was made for batch size {self.kv.shape[1]} and {self.config}, "
+                             f"but it is used with batch size {rows} and {attention.config}")
+        if self.position + length > self.max_len:
+            raise ValueError(f"the cache is full: it holds {self.position} tokens, {length} more were given, "
                              f"and max_len is {self.max_len}")
-        if not (by_rule and self.roomy):  # by_rule: boundaries are those that max_chunks was computed for
-            old = self.ends[:, self._order()]
-            ends = torch.cat([old, boundaries.expand(len(old), -1)], 1)
+        if not (self.max_chunks >= self.max_len - self.window or boundaries is None and self.rule_fits):
+            new = attention.boundaries(length, self.position) if boundaries is None else boundaries
+            ends = torch.cat([self.ends[:, self._order()], new.expand(rows, -1)], 1)
             need = int((self.n_chunks + ends[:, :max(0, ends.shape[1] - self.window)].sum(1)).max())
             if need > self.max_chunks:
-                raise ValueError(f"the cache is full: it needs {need} chunk entries, "
-                                 f"and max_chunks is {self.max_chunks}")
+                raise ValueError(f"the cache is full: it needs {need} chunk entries, and max_chunks is "
+                                 f"{self.max_chunks} (see new_cache)")
 
     def context(self, k: Tensor, v: Tensor, boundaries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Entries, window and new tokens as one sequence; an entry is a token that ends a chunk.
-        k, v (b, h, l, d), boundaries (b or 1, l) -> the same for all e + w + l of them."""
+        k, v (b, n_kv_heads, l, head_dim), boundaries (b or 1, l) -> the same for all e + w + l of them."""
         if self.position == 0:
             return k, v, boundaries
         e, device, order = int(self.n_chunks.max()), k.device, self._order()
@@ -852,11 +857,8 @@ class Cache:
     position    tokens seen so far
     """
 
-    def __init__(self, layers: list[LayerCache], batch_size: int, config: AttambaConfig):
-        self.layers, self.batch_size, self.config = layers, batch_size, config
-        self.graph = None                              # of one step, on a GPU
-        for layer in layers:
-            layer.in_model = True
+    def __init__(self, layers: list[LayerCache]):
+        self.layers, self.graph = layers, None         # graph: of one step, on a GPU
 
     nbytes = property(lambda self: sum(layer.nbytes for layer in self.layers))
     position = property(lambda self: self.layers[0].position)
@@ -923,16 +925,10 @@ def _fill_and_check(config):
         check("ssm_heads", config.ssm_inner % config.ssm_heads == 0, f"a divisor of ssm_inner ({config.ssm_inner})")
 
 
-def _check_call(config, tokens, boundaries, cache):
-    def got(t):
-        return f"but got {t.dtype} {tuple(t.shape)}"
+def _check_tokens(config, tokens):
     if tokens.dtype not in (torch.int64, torch.int32) or tokens.dim() != 2 or tokens.numel() == 0:
-        raise ValueError(f"tokens must be int64 of shape (batch, length), not empty, {got(tokens)}")
-    if boundaries is not None and (boundaries.dtype != torch.bool or boundaries.shape != tokens.shape):
-        raise ValueError(f"boundaries must be bool of shape {tuple(tokens.shape)}, {got(boundaries)}")
-    if cache is not None and (cache.batch_size != len(tokens) or cache.config != config):
-        raise ValueError(f"this cache was made for batch size {cache.batch_size} and {cache.config}, "
-                         f"but it is used with batch size {len(tokens)} and {config}")
+        raise ValueError("tokens must be int64 of shape (batch, length), not empty, "
+                         f"but got {tokens.dtype} {tuple(tokens.shape)}")
     if not torch.compiler.is_compiling():
         low, high = torch.stack(tokens.aminmax()).tolist()
         if low < 0 or high >= config.vocab_size:
@@ -940,13 +936,13 @@ def _check_call(config, tokens, boundaries, cache):
                              f"but they range from {low} to {high}")
 
 
-def _call_rule(rule, tokens, positions, layer):
-    """A callable chunking, checked: bool (b, l)."""
-    ends = rule(tokens, positions, layer)
-    if not isinstance(ends, Tensor) or ends.dtype != torch.bool or ends.shape != tokens.shape:
-        got = f"{ends.dtype} {tuple(ends.shape)}" if isinstance(ends, Tensor) else type(ends).__name__
-        raise ValueError(f"a chunking rule must return bool of shape {tuple(tokens.shape)}, but it returned {got}")
-    return ends
+def _check_mask(mask, rows, length, name="boundaries"):
+    """mask, if it is bool of shape (one of rows, length)"""
+    tensor = isinstance(mask, Tensor)
+    if not tensor or mask.dtype != torch.bool or mask.dim() != 2 or mask.shape[0] not in rows or mask.shape[1] != length:
+        raise ValueError(f"{name} must be bool of shape ({' or '.join(map(str, rows))}, {length}), "
+                         f"but got {f'{mask.dtype} {tuple(mask.shape)}' if tensor else type(mask).__name__}")
+    return mask
 
 
 # ---------------------------------------------------------------------------------------
@@ -1344,26 +1340,30 @@ def _attend_cached(q, kv, lengths):
 # a cache runs as it is, the second is recorded as a CUDA graph, and that is replayed from then on.
 
 def _graph_fits(model: Attamba, tokens: Tensor, cache: Cache) -> bool:
-    kv, roomy = cache.layers[0].kv, all(layer.roomy for layer in cache.layers)
-    return (tokens.shape[1] == 1 and cache.position > 0 and roomy and _kernels_fit(kv) and kv.is_cuda
+    kv, rule_fits = cache.layers[0].kv, all(layer.rule_fits for layer in cache.layers)
+    return (tokens.shape[1] == 1 and cache.position > 0 and rule_fits and _kernels_fit(kv) and kv.is_cuda
             and not (callable(model.config.chunking) or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda")))
 
 
 def _replay(model: Attamba, tokens: Tensor, cache: Cache) -> Tensor:
     """model(tokens, cache=cache) for tokens (b, 1)."""
-    position = cache.position
-    for layer in cache.layers:
-        layer.check(tokens, True)
+    position, layers = cache.position, [block.attention for block in model.blocks]
     if cache.graph is None:  # the kernels compile and the libraries allocate what they need
         cache.graph = "next"
-        return model._run(tokens, model._boundaries(tokens, None, cache), cache)
+        return model._run(tokens, [None for _ in layers], cache)
     if cache.graph == "next":
         graph, inputs, clock = torch.cuda.CUDAGraph(), tokens.clone(), torch.tensor(position, device=tokens.device)
+        masks = [None for _ in layers]
+        if layers[0].first is not None:  # which layers end a chunk, in few operations
+            grid = torch.tensor([(int(a.first), a.config.chunk_size or NEVER) for a in layers], device=tokens.device)
+            first, step = grid.T[..., None, None]                                 # (layers, 1, 1) each
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
+            if layers[0].first is not None:
+                masks = list((clock - first) % step == 0)
             for layer in cache.layers:
                 layer.position = clock
-            logits = model._run(inputs, model._boundaries(inputs, None, cache), cache)
+            logits = model._run(inputs, masks, cache)
         cache.graph = graph, inputs, clock, logits
     graph, inputs, clock, logits = cache.graph
     inputs.copy_(tokens)

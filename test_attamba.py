@@ -557,9 +557,8 @@ def test_full_and_foreign_caches():
 
 def test_a_layer_alone_decodes():
     """As in somebody else's model: its own cache, with RoPE or without."""
-    still = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     tables = attamba.rope_angles(0, 20, 8, 1e4, "cpu")
-    for rope in (None, still):
+    for rope in (None, False):
         layer, x = AttambaAttention(small(), 1).double(), torch.randn(2, 20, 16, dtype=torch.float64)
         with torch.no_grad():
             cache = layer.new_cache(2, 20)
@@ -569,9 +568,14 @@ def test_a_layer_alone_decodes():
                 layer(x[:, :1], cache=cache, rope=rope)
             with pytest.raises(ValueError, match="batch size 2"):
                 layer(x[:1, :1], cache=layer.new_cache(2, 20), rope=rope)
+            with pytest.raises(ValueError, match="cache was made for"):
+                layer(x, cache=AttambaAttention(small(leading_tokens=5), 1).double().new_cache(2, 20), rope=rope)
             with pytest.raises(ValueError, match="boundaries must be bool"):
                 layer(x, torch.zeros(1, 20), rope=rope)
     close(layer(x, rope=tables), layer(x), 1e-9)
+    close(layer(x, rope=[t.expand(2, 20, 8) for t in tables]), layer(x), 1e-9)
+    still = torch.ones(20, 8), torch.zeros(20, 8)
+    close(layer(x, rope=False), layer(x, rope=still), 1e-9)
     cache = layer.new_cache(2, 20)  # no gradients through a cache, in whatever mode it is used
     assert not layer(x[:, :5], cache=cache).requires_grad and not layer(x[:, :1], cache=cache).requires_grad
     assert not any(t.requires_grad for t in (cache.kv, cache.h, cache.conv))
@@ -594,7 +598,21 @@ def test_generate():
     assert torch.equal(model.generate(prompt, 0), prompt)
     for bad in (dict(temperature=-1), dict(top_k=0), dict(top_p=0.0), dict(max_new_tokens=-1)):
         with pytest.raises(ValueError, match=[*bad][0]):
-            model.generate(prompt, **{"max_new_tokens": 2, **bad})
+            model.stream(prompt, **{"max_new_tokens": 2, **bad})
+
+
+def test_a_model_made_without_memory():
+    """Built on the meta device, then given its weights: no number that decoding needs may be lost."""
+    for chunking in ("cyclic", "random"):
+        model, tokens = Attamba(small(chunking=chunking)), torch.randint(19, (2, 30))
+        with torch.device("meta"):
+            other = Attamba(model.config)
+        other = other.to_empty(device="cpu")
+        other.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            cache = other.new_cache(2, 30)
+            parts = [other(t, cache=cache) for t in tokens.split([20] + [1] * 10, 1)]
+        close(torch.cat(parts, 1), model(tokens), 1e-5)
 
 
 def test_top_p_keeps_the_smallest_set():
@@ -644,10 +662,16 @@ def test_bad_tokens():
         with pytest.raises(ValueError, match="boundaries must be bool"):
             model(good, mask)
     for rule in (lambda t, p, l: t, lambda t, p, l: p == 0, lambda t, p, l: None):
-        with pytest.raises(ValueError, match="chunking rule must return"):
+        with pytest.raises(ValueError, match="chunking rule returns must be bool"):
             Attamba(small(chunking=rule))(good)
     with pytest.raises(ValueError, match="callable chunking"):
         AttambaAttention(small(chunking=modulo_rule), 0)(torch.randn(1, 5, 16))
+    layer, x = AttambaAttention(small(), 0), torch.randn(2, 5, 16)
+    for bad in (x[:, :0], x[0]):
+        with pytest.raises(ValueError, match="x must be of shape"):
+            layer(bad)
+    with pytest.raises(ValueError, match="boundaries must be bool of shape .1 or 2, 5."):
+        layer(x, torch.zeros(3, 5).bool())
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")

@@ -50,10 +50,8 @@ QUICK = dict(shape=dict(dim=64, n_layers=2, n_heads=2), tokens_per_step=512, ste
 
 def kv_cost(config, S, variant=None, max_chunks=None):
     """Entries per layer (mean) and cache.nbytes of one sequence of S tokens: bf16, states in float32."""
-    with torch.device("meta"):                                     # shapes count here, not numbers ...
+    with torch.device("meta"):                                     # shapes count here, not numbers
         model = (variant(None, config) if variant else Attamba)(config).to(torch.bfloat16)
-    for layer, block in enumerate(model.blocks):
-        block.attention.layer = torch.tensor(layer)                # ... but for where chunks end
     cache = model.new_cache(1, S, max_chunks)
     return sum(layer.kv.shape[3] for layer in cache.layers) / len(cache.layers), cache.nbytes
 

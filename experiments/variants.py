@@ -209,8 +209,8 @@ def memory(low, high):
 
 
 class Sink:
-    def boundaries(self, length, start=0, boundaries=None):
-        ends = super().boundaries(length, start, boundaries)
+    def boundaries(self, length, start=0, device=None):
+        ends = super().boundaries(length, start, device)
         return ends | (torch.arange(start, start + length, device=ends.device) == 0)
 
 
