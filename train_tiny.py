@@ -299,7 +299,7 @@ def evaluate(model, tokens, byte_lengths, options, device):
     nats = nbytes = 0
     for rows in tokens.unfold(0, options.seq_len + 1, options.seq_len)[:n].split(options.batch_size):
         rows = rows.long()
-        with autocast(device):
+        with autocast(device), torch.compiler.set_stance("force_eager"):              # seen once: not worth compiling
             logits = model(rows[:, :-1].to(device))
         nats += F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten().to(device), reduction="sum").item()
         nbytes += int(byte_lengths[rows[:, 1:].numpy()].sum())

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import re
+import shutil
 import site
 import sysconfig
 import time
@@ -82,10 +83,11 @@ def encode(documents, tokenizer):
 @functools.cache
 def corpus(name, work, data):
     """The Corpus `python` or `english`, made on first use; English has the extra tokens .wikitext."""
-    folder = Path(work) / name
-    if not (folder / "done").exists():
+    whole = Path(work) / name
+    if not whole.exists():
         begin = time.time()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = whole.with_name(f"{name}.{os.getpid()}.tmp")                                # it gets its name when all is there
+        folder.mkdir(parents=True)
         documents = python_documents() if name == "python" else english_documents(data)
         train_bpe(documents["train"], folder / "ranks.tiktoken")
         tokenizer = TiktokenTokenizer(str(folder / "ranks.tiktoken"))
@@ -95,8 +97,12 @@ def corpus(name, work, data):
         fingerprint = hashlib.sha256(np.load(folder / "train.npy").tobytes()).hexdigest()[:16]
         (folder / "done").write_text(fingerprint)
         print(f"corpus {name}: {len(documents['train']):,} documents, {size / 1e6:.0f} M characters, made in {time.time() - begin:.0f} s", flush=True)
-    load = lambda part: torch.from_numpy(np.load(folder / f"{part}.npy").astype(np.int32))
-    made = Corpus(load("train"), load("valid"), TiktokenTokenizer(str(folder / "ranks.tiktoken")), (folder / "done").read_text())
+        try:
+            folder.rename(whole)
+        except OSError:                                                                      # another process was faster
+            shutil.rmtree(folder)
+    load = lambda part: torch.from_numpy(np.load(whole / f"{part}.npy").astype(np.int32))
+    made = Corpus(load("train"), load("valid"), TiktokenTokenizer(str(whole / "ranks.tiktoken")), (whole / "done").read_text())
     made.wikitext = load("wikitext") if name == "english" else None
     print(f"corpus {name} {made.fingerprint}: {len(made.train):,} training and {len(made.valid):,} held-out tokens", flush=True)
     return made

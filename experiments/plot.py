@@ -21,7 +21,7 @@ from attamba import AttambaConfig, attention_mask, chunk_ends  # noqa: E402
 
 RESULTS, ASSETS = ROOT / "experiments/results", ROOT / "assets"
 INK, GRID = "#24292f", "#d8dee4"
-COLOURS = dict(transformer="#57606a", window="#0969da", narrowed="#8250df", strided="#bf8700", attamba="#cf222e", other="#e0727a")
+COLOURS = dict(transformer="#57606a", window="#0969da", narrowed="#8250df", strided="#bf8700", layout="#1a7f37", attamba="#cf222e", other="#e0727a")
 plt.rcParams.update({  # an opaque light card: it reads the same on a light and on a dark page
     "figure.facecolor": "#fbfcfd", "axes.facecolor": "#fbfcfd", "savefig.facecolor": "#fbfcfd", "text.color": INK, "axes.labelcolor": INK,
     "axes.edgecolor": GRID, "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "grid.color": GRID, "axes.axisbelow": True,
@@ -46,6 +46,8 @@ def family(row):
     name = row["name"]
     if "ssm" in name:
         return "other"
+    if name.startswith("one-full-layer"):
+        return "layout"
     for start, series in (("transformer", "transformer"), ("window", "window"), ("gqa", "narrowed"), ("thin", "narrowed"), ("strided", "strided")):
         if name.startswith(start):
             return series
@@ -55,7 +57,7 @@ def family(row):
 
 
 LABELS = dict(transformer="transformer", window="transformer, sliding window", narrowed="transformer, narrowed keys and values",
-              strided="strided attention, no SSM", attamba="Attamba (P, L)", other="Attamba, other settings")
+              strided="strided attention, no SSM", layout="transformer, one full layer and windows", attamba="Attamba (P, L)", other="Attamba, other settings")
 
 
 def kv_perplexity(row_filter, name, title):

@@ -290,14 +290,12 @@ def run(row, seed, text, options, keep, lr, commit):
                 raise
             print(f"{row.name}: {error}", flush=True)                                      # diverged: a result, too
             return line
-        # Once each, so not worth compiling.
-        with torch.compiler.set_stance("force_eager"):
-            extra = {}
-            if row.transfer:
-                extra["transfer"] = transferred(model, config, options, text, device)
-            if text.wikitext is not None:
-                loss, bits = train_tiny.evaluate(model, text.wikitext, text.tokenizer.byte_lengths, options, device)
-                extra.update(wikitext_perplexity=float(np.exp(loss)), wikitext_bits_per_byte=bits)
+        extra = {}
+        if row.transfer:
+            extra["transfer"] = transferred(model, config, options, text, device)
+        if text.wikitext is not None:
+            loss, bits = train_tiny.evaluate(model, text.wikitext, text.tokenizer.byte_lengths, options, device)
+            extra.update(wikitext_perplexity=float(np.exp(loss)), wikitext_bits_per_byte=bits)
     speeds = [json.loads(l).get("tokens_per_second", 0) for l in open(out / "log.jsonl")]
     result["tokens_per_second"] = result["tokens_per_second"] or next((s for s in reversed(speeds) if s), 0.0)
     if not keep:
