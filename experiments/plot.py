@@ -60,6 +60,9 @@ LABELS = dict(transformer="transformer", window="transformer, sliding window", n
               strided="strided attention, no SSM", layout="transformer, one full layer and windows", attamba="Attamba (P, L)", other="Attamba, other settings")
 
 
+NAMES = {"window-ssm-keep": "windows, SSMs never reset", "one-full-layer-rest-window-ssm-keep": "one full layer, windows, SSMs"}
+
+
 def kv_perplexity(row_filter, name, title):
     """Perplexity against what the cache takes; a series per family, the mean over seeds."""
     groups = defaultdict(list)
@@ -67,7 +70,7 @@ def kv_perplexity(row_filter, name, title):
         if row_filter(row) and row["perplexity"]:
             groups[family(row), row["name"], row["kv_bytes"], row["tokens"]].append(row["perplexity"])
     groups = {key: value for key, value in groups.items() if key[3] == max(key[3] for key in groups)}    # equal tokens only
-    if len(groups) < 2:
+    if len(groups) < 3:
         return
     figure, axes = plt.subplots(figsize=(7.4, 4.4))
     best = min(sum(v) / len(v) for v in groups.values())
@@ -80,6 +83,7 @@ def kv_perplexity(row_filter, name, title):
         axes.plot(x, y, linestyle="-" if series == "window" else "none", marker="o", markersize=4 if series == "other" else 6,
                   color=COLOURS[series], label=LABELS[series])
         for i, label in enumerate(names):
+            label = NAMES.get(label, label)
             if series == "attamba":
                 label = ", ".join(part[1:] for part in label.split("-")[1:])                  # P, L
             elif series not in ("other", "narrowed"):
