@@ -7,7 +7,7 @@ value projection. A query sees every finished chunk through that one entry, and 
 and its L most recent predecessors one by one. The KV cache of S tokens then holds about
 S/P + L entries instead of S.
 
-Three equations, all per layer, a its input (dt, u, B, C are linear in a, up to a small convolution
+Three equations, all per layer, a its input (dt, u, B and C are made from a by one matrix, a short convolution
 and nonlinearities: see ChunkSSM; A < 0 is learned; r_t = 0 on the first token of a chunk, else 1):
 
     state      h_t = r_t exp(dt_t A) h_{t-1} + dt_t u_t B_t^T,       SSM(a)_t = W_out (h_t C_t + ...)
@@ -16,7 +16,7 @@ and nonlinearities: see ChunkSSM; A < 0 is learned; r_t = 0 on the first token o
 
 A chunk boundary is nothing but a zero in the decay: after the last token of a chunk the state is
 forgotten, and the key and value of that token, made like all others, stand for the whole chunk
-once it has left the window. No key is seen twice.
+once that token has left the window. No key is seen twice.
 
     config = AttambaConfig(vocab_size=256, dim=128, n_layers=4, n_heads=4)
     model = Attamba(config)
@@ -30,7 +30,9 @@ chunk_size    P    tokens per chunk (mean)
 leading_tokens L   recent predecessors that a query sees one by one
 boundaries, ends   bool, True where a token is the last one of its chunk
 first              position of the first chunk end, where chunk ends have a fixed step P
+a                  input of a layer
 h                  state of an SSM
+u dt B C, A D, z   its input, step size, input and output map; decay, skip; gate
 H p n g            SSM heads, channels per head, state size, groups of heads that share B and C
 c q                blocks of tokens (for computing, no matter where chunks end), tokens per block
 
@@ -41,7 +43,6 @@ c q                blocks of tokens (for computing, no matter where chunks end),
 [5] Liu, Zaharia, Abbeel. Ring attention (parts joined by log-sum-exp). arXiv 2310.01889
 """
 import math
-import os
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
@@ -51,13 +52,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-
-try:  # only for the optional CUDA kernels at the end
-    import triton
-    import triton.language as tl
-    from triton.language.extra import libdevice
-except ImportError:
-    triton = None
 
 
 # ---------------------------------------------------------------------------------------
@@ -78,7 +72,8 @@ class AttambaConfig:
     "ssm"         None        L                SSMs over the whole sequence, sliding window
     "linear+ssm"  P           L                W_K and W_V kept: k = W_K a + SSM_K(W_K a) [1, ablation]
 
-    chunk_size and leading_tokens may also be tuples with a value for each layer.
+    chunk_size and leading_tokens may also be tuples with a value for each layer. What is None by default is filled in
+    at once; dataclasses.replace keeps what was filled in.
     Raises ValueError for a value out of range, naming the field and what is allowed.
     """
     vocab_size: int                            # number of token ids
@@ -114,8 +109,8 @@ class AttambaConfig:
 # What is the model? A pre-norm transformer; only the attention inside is new.
 
 class Attamba(nn.Module):
-    """Language model: embedding, n_layers blocks, norm, output layer. Weights do not depend
-    on chunk_size, leading_tokens and chunking: load them into a model with other values."""
+    """Language model: embedding, n_layers blocks, norm, output layer. The shapes of
+    its weights do not depend on chunk_size, leading_tokens or chunking: a model with other values can load them."""
 
     def __init__(self, config: AttambaConfig):
         super().__init__()
@@ -134,7 +129,7 @@ class Attamba(nn.Module):
 
         boundaries: bool (b, l), True where a token ends its chunk, in all layers; default: config.chunking.
         cache: from new_cache; the tokens continue it and it advances in place (no gradients then).
-        Raises ValueError for wrong dtypes, shapes, an empty sequence, a full or foreign cache,
+        Raises ValueError for wrong dtypes, shapes, an empty sequence, a cache that is full or made for another model,
         IndexError for ids outside the vocabulary (not checked inside torch.compile).
         """
         if cache is not None and torch.is_grad_enabled():
@@ -150,7 +145,7 @@ class Attamba(nn.Module):
         return self._run(tokens, masks, cache)
 
     def _masks(self, tokens, boundaries, cache) -> list[Optional[Tensor]]:
-        """Chunk ends (b, l) for each layer; None where the layer's own rule says it."""
+        """Chunk ends (b, l) for each layer; None where the layer's own rule decides."""
         (b, l), rule, layers = tokens.shape, self.config.chunking, range(len(self.blocks))
         if boundaries is not None:
             return [_check_mask(boundaries, (b,), l) for _ in layers]
@@ -165,7 +160,7 @@ class Attamba(nn.Module):
         rope = rope_angles(start, tokens.shape[1], c.head_dim, c.rope_theta, tokens.device)
         x = self.embed(tokens)                                                    # (b, l, d)
         for i, block in enumerate(self.blocks):
-            # Compiling a block is for training: with a cache, which Python steers, it runs as it is.
+            # Compiled blocks are for training; with a cache, which is handled in Python, a block runs as it is.
             x = block.forward(x, masks[i], cache.layers[i], rope) if cache else block(x, masks[i], None, rope)
         return self.head(self.norm(x))                                            # (b, l, vocab_size)
 
@@ -173,7 +168,7 @@ class Attamba(nn.Module):
         """Allocate everything that decoding up to max_len tokens needs, at once.
 
         max_chunks: chunk entries per layer; default: what max_len tokens need at most under config.chunking
-        (a callable could end a chunk at every token). Explicit boundaries may need more: then say it here.
+        (a callable could end a chunk at every token). Explicit boundaries may need more: then say how many.
         Raises ValueError for sizes below 1.
         """
         return Cache([block.attention.new_cache(batch_size, max_len, max_chunks) for block in self.blocks])
@@ -237,7 +232,7 @@ class AttambaAttention(nn.Module):
         out_t = W_O softmax(q_t k_s / sqrt(head_dim) over the s that t sees) v_s
 
     layer: index of the layer, 0 first: "cyclic" shifts the chunks by a phase that depends on
-    it, so that every token is near the end of a chunk in some layer.
+    it, so that, with enough layers, every token is near the end of a chunk in some.
     """
 
     def __init__(self, config: AttambaConfig, layer: int):
@@ -262,7 +257,7 @@ class AttambaAttention(nn.Module):
 
     def boundaries(self, length: int, start: int = 0, device: Optional[torch.device] = None) -> Tensor:
         """Which of the tokens start ... start + length - 1 end a chunk, by the layer's own rule: bool (1, length).
-        Raises ValueError if config.chunking is a callable: that needs the tokens."""
+        Raises ValueError if config.chunking is a callable, which needs the tokens."""
         if callable(self.config.chunking):
             raise ValueError("with a callable chunking the layer needs the mask: "
                              "pass boundaries=rule(tokens, positions, layer)")
@@ -298,7 +293,7 @@ class AttambaAttention(nn.Module):
         if cache and isinstance(start, int):  # (a tensor while a CUDA graph is recorded)
             cache.check(self, b, l, boundaries)
         decoding = cache is not None and l == 1
-        # With chunks of a fixed step from position 0 on, `first` says where they end, without a look at the mask.
+        # With chunks of a fixed step from position 0 on, `first` gives their ends without reading the mask.
         first = self.first if boundaries is None and not decoding and not start else None
         q = self.wq(x).unflatten(-1, (c.n_heads, c.head_dim))                     # (b, l, heads, head_dim)
         k, v = (t.unflatten(-1, (c.n_kv_heads, c.head_dim)) for t in self.keys_values(x, ends, first, cache))
@@ -384,7 +379,7 @@ def attend_ref(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, leading_toke
 
 def chunk_ends(config: AttambaConfig, positions: Tensor, layer: Union[int, Tensor]) -> Tensor:
     """The named rules [1, section 3.2]: which positions (l,) int64 end a chunk -> (l,) bool.
-    config: with one chunk_size (of the layer).
+    config: that of the layer (see of_layer).
 
     uniform: (t + 1) % P == 0; cyclic: the same, earlier by a phase that grows with the layer;
     random: each token with probability 1 / P, a fixed function of seed, layer and position.
@@ -406,7 +401,7 @@ def chunk_ends(config: AttambaConfig, positions: Tensor, layer: Union[int, Tenso
     return (positions - first_end(config, layer)) % P == 0
 
 
-NEVER = 2 ** 30                                        # the first chunk end where there is none
+NEVER = 2 ** 30                                        # first chunk end if no chunk ever ends: beyond any sequence
 
 
 def first_end(config: AttambaConfig, layer: Union[int, Tensor]) -> Union[int, Tensor, None]:
@@ -584,8 +579,8 @@ def ssm_scan_ref(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tens
     return torch.stack(ys, 1), h
 
 
-FORGOTTEN = -30.0  # no log-decay is lower: exp(-30) is nothing, and -1e6 in a cumulated sum would cost its neighbours
-                   # their digits
+FORGOTTEN = -30.0  # least log-decay: exp(-30) is negligible, and -1e6 in a cumulative sum would cost its neighbours
+                   # their precision
 
 
 def ssm_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
@@ -695,7 +690,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, leading_tokens: 
     at = end_at.clamp(max=l - 1)[:, None, :, None].expand(len(q), q.shape[1], -1, q.shape[3])
     end_k, end_v = k.gather(2, at), v.gather(2, at)                               # (b, heads, count, head_dim)
 
-    size, off = max(128, L, l // 64), l - lq           # queries per block (at most some 64 blocks); keys before the first
+    size, off = max(128, L, l // 64), l - lq           # queries per block (at most some 64); keys before the first query
     # The keys near a block: its own tokens and the last L of the block before (before the first: of what the cache held).
     # They are split off, not sliced: the gradient of every slice would be as long as k.
     sizes = [min(L, off), *[size] * (lq // size), *[lq % size] * (lq % size > 0)]
@@ -742,32 +737,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class LayerCache:
     """What one attention layer remembers. W = L + 1 slots of window (a token and its L
     predecessors), then one slot per chunk; a token that leaves the window keeps a slot
-    only if it ended a chunk. So what a query sees is always the first few slots.
-
-    kv          (2, b, n_kv_heads, W + max_chunks, head_dim)  ring of the window, then chunk entries;
-                keys are stored rotated, so the order of the slots does not matter
-    ends        (b, W) bool          which tokens of the ring end a chunk
-    n_chunks    (b,) int64           chunk entries in use, row by row (rows may differ)
-    h           (b, 2 ssm_heads, p, n) float32  states of the two SSMs; None for kv="linear"
-    conv        (b, conv_size - 1, 2, channels) last inputs of their convolutions; likewise
-    position    int                  tokens seen so far; at most max_len
-    rule_fits   max_chunks suffices for every text of max_len tokens, if chunks end by config.chunking
-    """
+    only if it ended a chunk. So what a query sees is always a prefix of the slots."""
 
     def __init__(self, config: AttambaConfig, batch_size: int, max_len: int, max_chunks: int, rule_fits: bool,
                  weight: Tensor):
-        c, L, dtype, device = config, config.leading_tokens, weight.dtype, weight.device
-        self.config, self.max_len, self.max_chunks, self.rule_fits, self.position = c, max_len, max_chunks, rule_fits, 0
+        c, L, b, like = config, config.leading_tokens, batch_size, dict(dtype=weight.dtype, device=weight.device)
+        self.config, self.max_len, self.max_chunks = config, max_len, max_chunks
+        self.rule_fits = rule_fits                     # max_chunks suffices for max_len tokens cut by config.chunking
+        self.position = 0                              # tokens seen so far
         self.window = W = max_len if L is None else min(L + 1, max_len)
-        new = dict(dtype=dtype, device=device)
-        self.kv = torch.zeros(2, batch_size, c.n_kv_heads, W + max_chunks, c.head_dim, **new)
-        self.ends = torch.zeros(batch_size, W, dtype=torch.bool, device=device)
-        self.n_chunks = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.h, self.conv = None, None
-        if "ssm" in c.kv:
-            self.h = torch.zeros(batch_size, 2 * c.ssm_heads, c.ssm_inner // c.ssm_heads, c.ssm_state,
-                                 dtype=torch.promote_types(dtype, torch.float32), device=device)
-            self.conv = torch.zeros(batch_size, c.conv_size - 1, 2, c.ssm_inner + 2 * c.ssm_state, **new)
+        # A ring with the window, then chunk entries. Keys are stored rotated: the order of the slots does not matter.
+        self.kv = torch.zeros(2, b, c.n_kv_heads, W + max_chunks, c.head_dim, **like)
+        self.ends = torch.zeros(b, W, dtype=torch.bool, device=weight.device)      # which tokens of the ring end a chunk
+        self.n_chunks = torch.zeros(b, dtype=torch.int64, device=weight.device)    # entries in use; rows may differ
+        self.h = self.conv = None
+        if "ssm" in c.kv:  # states of the two SSMs, and the last inputs of their convolutions
+            self.h = torch.zeros(b, 2 * c.ssm_heads, c.ssm_inner // c.ssm_heads, c.ssm_state,
+                                 dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+            self.conv = torch.zeros(b, c.conv_size - 1, 2, c.ssm_inner + 2 * c.ssm_state, **like)
 
     @property
     def nbytes(self) -> int:
@@ -781,8 +768,8 @@ class LayerCache:
         return torch.arange(self.position - in_use, self.position, device=self.ends.device) % self.window
 
     def check(self, attention: AttambaAttention, rows: int, length: int, boundaries: Optional[Tensor] = None) -> None:
-        """Was this cache made for that layer, and is there room for `length` tokens more, whose chunks end as
-        boundaries (b or 1, length) say, or by the layer's rule? Raises ValueError if not; changes nothing."""
+        """Raises ValueError unless this cache was made for that layer and has room for `length` more tokens, whose
+        chunks end by boundaries (b or 1, length) or by the layer's rule. Changes nothing."""
         if self.kv.shape[1] != rows or self.config != attention.config:
             raise ValueError(f"this cache was made for batch size {self.kv.shape[1]} and {self.config}, "
                              f"but it is used with batch size {rows} and {attention.config}")
@@ -810,7 +797,7 @@ class LayerCache:
         return k, v, ends
 
     def store(self, k: Tensor, v: Tensor, boundaries: Tensor, l: int) -> None:
-        """Keep of `context`, l of whose tokens are new, the last W tokens and the chunk ends before them."""
+        """From `context`, whose last l tokens are new, keep the last W tokens and the chunk ends before them."""
         self.position += l
         new, order = torch.stack([k, v]).to(self.kv.dtype), self._order()         # (2, b, h, e + w + l, d)
         ends, w = boundaries.expand(len(self.ends), -1), len(order)
@@ -821,8 +808,8 @@ class LayerCache:
         self.n_chunks.copy_(old.sum(1))
 
     def append(self, k: Tensor, v: Tensor, boundary: Tensor) -> None:
-        """`store` for one new token, in place. k, v (b, h, 1, head_dim), boundary (b or 1, 1) bool. Without a look
-        at the data (whether a chunk ends): a GPU need not be waited for, and the step can be recorded."""
+        """`store` for one new token, in place. k, v (b, h, 1, head_dim), boundary (b or 1, 1) bool. It reads no
+        value from the device (whether a chunk ends): a GPU need not be waited for, and the step can be recorded."""
         slot = torch.as_tensor(self.position % self.window, device=self.ends.device).view(1)
         if self.max_chunks:  # the token that leaves its slot moves to the next free entry if it ended a chunk,
             left = self.ends[:, slot]                                             # (b, 1)
@@ -881,53 +868,49 @@ def sample(logits: Tensor, temperature: float, top_k: Optional[int], top_p: Opti
 # ---------------------------------------------------------------------------------------
 # Which input is refused?
 
-def _fill_and_check(config):
+def _fill_and_check(c):
     """Fill in what is None by default; ValueError for what is out of range."""
     def check(name, ok, allowed):
         if not ok:
-            raise ValueError(f"{name} must be {allowed}, but it is {getattr(config, name)!r}")
+            raise ValueError(f"{name} must be {allowed}, but it is {getattr(c, name)!r}")
 
-    def check_int(name, least=1, none=False, layers=False):
-        value = getattr(config, name)
-        if layers and isinstance(value, (tuple, list)):
-            check(name, len(value) == config.n_layers, f"one value, or one for each of the {config.n_layers} layers")
-            setattr(config, name, values := tuple(value))
-        else:
-            values = (value,)
-        whole = all(isinstance(v, int) and not isinstance(v, bool) and v >= least or none and v is None for v in values)
-        check(name, whole, f"an integer of at least {least}" + (" or None" if none else ""))
+    def check_ints(names, least=1, none=False):
+        for name in names.split():
+            value = getattr(c, name)
+            for v in value if isinstance(value, tuple) else [value]:
+                whole = isinstance(v, int) and not isinstance(v, bool) and v >= least
+                check(name, whole or none and v is None, f"an integer of at least {least}" + " or None" * none)
 
-    for name in ("vocab_size", "dim", "n_layers", "n_heads", "ssm_state", "conv_size"):
-        check_int(name)
-    for name in ("n_kv_heads", "head_dim", "hidden_dim", "ssm_inner", "ssm_heads"):
-        check_int(name, none=True)
-    check_int("chunk_size", none=True, layers=True)
-    check_int("leading_tokens", least=0, none=True, layers=True)
-    check_int("chunking_seed", least=0)
-    check("kv", config.kv in ("ssm", "linear", "linear+ssm"), '"ssm", "linear" or "linear+ssm"')
-    check("chunking", config.chunking in ("uniform", "cyclic", "random") or callable(config.chunking),
+    for name in ("chunk_size", "leading_tokens"):
+        if isinstance(getattr(c, name), (tuple, list)):
+            setattr(c, name, tuple(getattr(c, name)))
+            check(name, len(getattr(c, name)) == c.n_layers, f"one value, or one for each of the {c.n_layers} layers")
+    check_ints("vocab_size dim n_layers n_heads ssm_state conv_size")
+    check_ints("n_kv_heads head_dim hidden_dim ssm_inner ssm_heads chunk_size", none=True)
+    check_ints("leading_tokens", 0, none=True)
+    check_ints("chunking_seed", 0)
+    check("kv", c.kv in ("ssm", "linear", "linear+ssm"), '"ssm", "linear" or "linear+ssm"')
+    check("chunking", c.chunking in ("uniform", "cyclic", "random") or callable(c.chunking),
           '"uniform", "cyclic", "random" or a callable (tokens, positions, layer) -> bool (b, l)')
-    check("rope_theta", config.rope_theta > 0, "positive")
-    check("norm_eps", config.norm_eps > 0, "positive")
-    if config.head_dim is None:
-        check("n_heads", config.dim % config.n_heads == 0, f"a divisor of dim ({config.dim})")
-    config.n_kv_heads = config.n_kv_heads or config.n_heads
-    config.head_dim = config.head_dim or config.dim // config.n_heads
-    config.hidden_dim = config.hidden_dim or 3 * config.dim
-    config.ssm_inner = config.ssm_inner or max(1, config.dim // 2)
-    config.ssm_heads = config.ssm_heads or config.n_heads
-    check("n_kv_heads", config.n_heads % config.n_kv_heads == 0, f"a divisor of n_heads ({config.n_heads})")
-    check("head_dim", config.head_dim % 2 == 0, "even (rotary positions turn pairs of channels)")
-    if config.kv == "ssm":  # the residual k = a + SSM(a) needs a's head slices
-        check("head_dim", config.head_dim * config.n_heads == config.dim,
-              f'dim / n_heads ({config.dim / config.n_heads:g}) when kv="ssm"; thinner heads need kv="linear+ssm"')
-    if "ssm" in config.kv:
-        check("ssm_heads", config.ssm_inner % config.ssm_heads == 0, f"a divisor of ssm_inner ({config.ssm_inner})")
+    for name in ("rope_theta", "norm_eps"):
+        check(name, getattr(c, name) > 0, "positive")
+    if c.head_dim is None:
+        check("n_heads", c.dim % c.n_heads == 0, f"a divisor of dim ({c.dim})")
+    for name, value in dict(n_kv_heads=c.n_heads, head_dim=c.dim // c.n_heads, hidden_dim=3 * c.dim,
+                            ssm_inner=max(1, c.dim // 2), ssm_heads=c.n_heads).items():
+        setattr(c, name, getattr(c, name) or value)
+    check("n_kv_heads", c.n_heads % c.n_kv_heads == 0, f"a divisor of n_heads ({c.n_heads})")
+    check("head_dim", c.head_dim % 2 == 0, "even (rotary positions turn pairs of channels)")
+    if c.kv == "ssm":  # the residual k = a + SSM(a) needs a's head slices
+        check("head_dim", c.head_dim * c.n_heads == c.dim,
+              f'dim / n_heads ({c.dim / c.n_heads:g}) when kv="ssm"; thinner heads need kv="linear+ssm"')
+    if "ssm" in c.kv:
+        check("ssm_heads", c.ssm_inner % c.ssm_heads == 0, f"a divisor of ssm_inner ({c.ssm_inner})")
 
 
 def _check_tokens(config, tokens):
     if tokens.dtype not in (torch.int64, torch.int32) or tokens.dim() != 2 or tokens.numel() == 0:
-        raise ValueError("tokens must be int64 of shape (batch, length), not empty, "
+        raise ValueError("tokens must be int64 or int32 of shape (batch, length), not empty, "
                          f"but got {tokens.dtype} {tuple(tokens.shape)}")
     if not torch.compiler.is_compiling():
         low, high = torch.stack(tokens.aminmax()).tolist()
@@ -990,6 +973,16 @@ def demo(text: str) -> None:
 # ---------------------------------------------------------------------------------------
 # The optional CUDA path: the same results by Triton kernels, for chunks of a fixed step.
 # Everything above is complete without it; nothing below is needed to understand Attamba.
+
+import os  # noqa: E402
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.language.extra import libdevice
+except ImportError:
+    triton = None
+
 
 def _triton_runs(x: Tensor) -> bool:
     types = torch.bfloat16, torch.float16, torch.float32
