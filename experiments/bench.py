@@ -3,6 +3,7 @@
     python experiments/bench.py            # on a GPU: some 3 minutes; on a CPU: some 5 minutes
     python experiments/bench.py --quick    # short lengths only
     python experiments/bench.py --only training,decode
+    python experiments/bench.py --only profile   # where the time goes: kernels of a step and of attention, compilation
 
 The transformer is the same code with kv="linear", leading_tokens=None; its attention is PyTorch's
 scaled_dot_product_attention, causal, without a mask. Each figure is a median over repeats after warm-up,
@@ -172,6 +173,49 @@ def prefill(quick):
     yield f"prefill of {length}, batch 1", "tokens/s", {n: length / s for n, s in seconds.items()}, {}
 
 
+def kernels(function, calls=5):
+    """Milliseconds of a call by kernel (on a CPU: by operator), the longest first."""
+    activity = torch.profiler.ProfilerActivity.CUDA if GPU else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        for _ in range(calls):
+            function()
+        sync()
+    time_of = lambda e: e.self_device_time_total if GPU else e.self_cpu_time_total
+    return sorted(((time_of(e) / calls / 1e3, e.count / calls, e.key) for e in profiler.key_averages()), reverse=True)
+
+
+def profile(quick):
+    length = 1024 if GPU else 256
+    tokens = torch.randint(SIZES["vocab_size"], ((65536 if GPU else 4096) // length, length), device=DEVICE)
+    steps = {}
+    for name, options in MODELS.items():
+        torch._dynamo.reset()
+        steps[name] = Training(options, tokens)
+        begin = time.perf_counter()
+        steps[name]()
+        sync()
+        if GPU:  # phases of compilation, nested: the sums overlap
+            phases = zip(*torch._dynamo.utils.compile_times(repr="csv", aggregate=True))
+            print(f"{name}: first step {time.perf_counter() - begin:.1f} s, of which, in s, nested: " + ", ".join(
+                f"{phase} {float(s):.1f}" for phase, s in sorted(phases, key=lambda p: -float(p[1]))[:12]))
+        steps[name]()
+    q, k, v, g = (torch.randn(len(tokens), SIZES["n_heads"], length, SIZES["dim"] // SIZES["n_heads"], device=DEVICE,
+                              dtype=torch.bfloat16 if GPU else torch.float32, requires_grad=True) for _ in range(4))
+    ends, first = (torch.arange(1, length + 1, device=DEVICE) % P == 0)[None], torch.tensor(P - 1)
+    alone = {"transformer": lambda: torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v), g),
+             "attamba": lambda: torch.autograd.grad(attend(q, k, v, ends, L, P, first), (q, k, v), g)}
+    for what, functions in (("a training step", steps), ("attention, forward and backward", alone)):
+        total = {}
+        for name, function in functions.items():
+            clock({name: function}, 1)
+            rows = kernels(function)
+            total[name] = sum(ms for ms, _, _ in rows)
+            print(f"{name}, {what}, S {length}: {total[name]:.3f} ms in {sum(n for _, n, _ in rows):.0f} kernels")
+            for ms, n, key in rows[:12]:
+                print(f"{ms:10.3f} ms {n:6.0f} x {key[:100]}")
+        yield f"kernels of {what}, S {length}", "ms", total, {}
+
+
 def pretend(model, cache, context):
     """As if the cache had seen `context` tokens; what they were does not matter for the time of a step."""
     for block, layer in zip(model.blocks, cache.layers):
@@ -214,10 +258,10 @@ def roofline():
 
 
 def main():
-    sections = dict(training=training, state128=state128, released=released, attention=attention, prefill=prefill, decode=decode, cache=cache)
+    sections = dict(training=training, state128=state128, released=released, attention=attention, prefill=prefill, decode=decode, cache=cache, profile=profile)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", default=",".join(s for s in sections if GPU or s != "released"), help="comma-separated: " + ", ".join(sections))
+    parser.add_argument("--only", default=",".join(s for s in sections if s != "profile" and (GPU or s != "released")), help="comma-separated: " + ", ".join(sections))
     parser.add_argument("--out", type=Path, default=ROOT / "experiments/results/bench.jsonl")
     options = parser.parse_args()
     if GPU:
