@@ -500,7 +500,8 @@ def main():
     try:
         run()
     except (UserError, ImportError, OSError, MemoryError, torch.OutOfMemoryError) as e:
-        print("train_tiny.py:", " ".join(str(e).split()), file=sys.stderr)
+        hint = " (try a smaller --batch_size)" if isinstance(e, (MemoryError, torch.OutOfMemoryError)) else ""
+        print("train_tiny.py:", " ".join(str(e).split()) + hint, file=sys.stderr)
         raise SystemExit(2)
     except KeyboardInterrupt as e:
         print(f"\ntrain_tiny.py: {e or 'stopped'}", file=sys.stderr)
