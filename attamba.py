@@ -178,12 +178,7 @@ class Attamba(nn.Module):
         """Continue tokens (b, l); yields (b, 1) int64 max_new_tokens times. temperature 0 takes the
         likeliest token; top_k and top_p (probability mass) cut the tail; seed repeats a sample.
         Raises ValueError for a negative temperature or count, top_k below 1, top_p outside (0, 1]."""
-        for name, value, ok in (("max_new_tokens", max_new_tokens, max_new_tokens >= 0),
-                                ("temperature", temperature, temperature >= 0),
-                                ("top_k", top_k, top_k is None or top_k >= 1),
-                                ("top_p", top_p, top_p is None or 0 < top_p <= 1)):
-            if not ok:
-                raise ValueError(f"{name} is out of range: {value!r}")
+        _check_sampling(max_new_tokens, temperature, top_k, top_p)
         generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
         cache = self.new_cache(len(tokens), tokens.shape[1] + max_new_tokens)
 
@@ -266,15 +261,7 @@ class AttambaAttention(nn.Module):
 
     def new_cache(self, batch_size: int, max_len: int, max_chunks: Optional[int] = None) -> "LayerCache":
         """Cache of this layer alone; see Attamba.new_cache."""
-        for name, value, least in (("batch_size", batch_size, 1), ("max_len", max_len, 1),
-                                   ("max_chunks", max_chunks or 0, 0)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, but it is {value}")
-        L, rule_fits = self.config.leading_tokens, max_chunks is None
-        if rule_fits:  # only a token that has left the window needs an entry
-            outside = 0 if L is None else max(0, max_len - L - 1)
-            max_chunks = outside if callable(self.config.chunking) else int(self.boundaries(outside, device="cpu").sum())
-        return LayerCache(self.config, batch_size, max_len, max_chunks, rule_fits, self.wq.weight)
+        return LayerCache(self, batch_size, max_len, max_chunks)
 
     def forward(self, x: Tensor, boundaries: Optional[Tensor] = None, cache: Optional["LayerCache"] = None,
                 rope: Union[tuple[Tensor, Tensor], bool, None] = None) -> Tensor:
@@ -739,13 +726,18 @@ class LayerCache:
     predecessors), then one slot per chunk; a token that leaves the window keeps a slot
     only if it ended a chunk. So what a query sees is always a prefix of the slots."""
 
-    def __init__(self, config: AttambaConfig, batch_size: int, max_len: int, max_chunks: int, rule_fits: bool,
-                 weight: Tensor):
-        c, L, b, like = config, config.leading_tokens, batch_size, dict(dtype=weight.dtype, device=weight.device)
-        self.config, self.max_len, self.max_chunks = config, max_len, max_chunks
-        self.rule_fits = rule_fits                     # max_chunks suffices for max_len tokens cut by config.chunking
-        self.position = 0                              # tokens seen so far
+    def __init__(self, attention: AttambaAttention, batch_size: int, max_len: int, max_chunks: Optional[int] = None):
+        for name, value, least in (("batch_size", batch_size, 1), ("max_len", max_len, 1), ("max_chunks", max_chunks or 0, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, but it is {value}")
+        c, b, L, weight = attention.config, batch_size, attention.config.leading_tokens, attention.wq.weight
+        like = dict(dtype=weight.dtype, device=weight.device)
+        self.config, self.max_len, self.position = c, max_len, 0                   # position: tokens seen so far
         self.window = W = max_len if L is None else min(L + 1, max_len)
+        self.rule_fits = max_chunks is None            # then it suffices for max_len tokens cut by config.chunking
+        if max_chunks is None:  # only a token that has left the window needs an entry
+            max_chunks = max_len - W if callable(c.chunking) else int(attention.boundaries(max_len - W, device="cpu").sum())
+        self.max_chunks = max_chunks
         # A ring with the window, then chunk entries. Keys are stored rotated: the order of the slots does not matter.
         self.kv = torch.zeros(2, b, c.n_kv_heads, W + max_chunks, c.head_dim, **like)
         self.ends = torch.zeros(b, W, dtype=torch.bool, device=weight.device)      # which tokens of the ring end a chunk
@@ -926,6 +918,15 @@ def _check_mask(mask, rows, length, name="boundaries"):
         raise ValueError(f"{name} must be bool of shape ({' or '.join(map(str, rows))}, {length}), "
                          f"but got {f'{mask.dtype} {tuple(mask.shape)}' if tensor else type(mask).__name__}")
     return mask
+
+
+def _check_sampling(max_new_tokens, temperature, top_k, top_p):
+    for name, value, ok in (("max_new_tokens", max_new_tokens, max_new_tokens >= 0),
+                            ("temperature", temperature, temperature >= 0),
+                            ("top_k", top_k, top_k is None or top_k >= 1),
+                            ("top_p", top_p, top_p is None or 0 < top_p <= 1)):
+        if not ok:
+            raise ValueError(f"{name} is out of range: {value!r}")
 
 
 # ---------------------------------------------------------------------------------------
