@@ -146,13 +146,13 @@ class Attamba(nn.Module):
 
     def _masks(self, tokens, boundaries, cache) -> list[Optional[Tensor]]:
         """Chunk ends (b, l) for each layer; None where the layer's own rule decides."""
-        (b, l), rule, layers = tokens.shape, self.config.chunking, range(len(self.blocks))
+        (b, l), rule, n = tokens.shape, self.config.chunking, len(self.blocks)
         if boundaries is not None:
-            return [_check_mask(boundaries, (b,), l) for _ in layers]
+            return [_check_mask(boundaries, (b,), l)] * n
         if not callable(rule):
-            return [None for _ in layers]
+            return [None] * n
         positions = torch.arange(l, device=tokens.device) + (cache.position if cache else 0)
-        return [_check_mask(rule(tokens, positions, layer), (b,), l, "what a chunking rule returns") for layer in layers]
+        return [_check_mask(rule(tokens, positions, layer), (b,), l, "what a chunking rule returns") for layer in range(n)]
 
     def _run(self, tokens, masks, cache):
         """Embedding to logits, all checked."""
@@ -277,7 +277,7 @@ class AttambaAttention(nn.Module):
             raise ValueError(f"x must be of shape (batch, length, {self.config.dim}), not empty, but got {tuple(x.shape)}")
         c, (b, l, _), start = self.config, x.shape, cache.position if cache else 0
         ends = self.boundaries(l, start) if boundaries is None else _check_mask(boundaries, (1, b), l)   # (1 or b, l)
-        if cache and isinstance(start, int):  # (a tensor while a CUDA graph is recorded)
+        if cache and isinstance(start, int):  # again, for a layer without a model (a tensor: a CUDA graph is recorded)
             cache.check(self, b, l, boundaries)
         decoding = cache is not None and l == 1
         # With chunks of a fixed step from position 0 on, `first` gives their ends without reading the mask.
@@ -449,7 +449,7 @@ class ChunkSSM(nn.Module):
         else:
             y, h, conv = self._mix(x, boundaries, h, conv)                        # (b, l, 2, inner)
             return self._out(y, x.dtype), (h, conv)
-        open_tokens = h is not None and min(l, (l - 1 - int(first)) % P)          # since the last chunk end:
+        open_tokens = 0 if h is None else min(l, (l - 1 - int(first)) % P)        # since the last chunk end:
         if open_tokens:                                                           # they alone make the final state
             _, h, conv = self._mix(x[:, -open_tokens:], boundaries[:, -open_tokens:], h, conv)
         return self._out(y, x.dtype), (h, conv)
@@ -1344,16 +1344,16 @@ def _replay(model: Attamba, tokens: Tensor, cache: Cache) -> Tensor:
     position, layers = cache.position, [block.attention for block in model.blocks]
     if cache.graph is None:  # the kernels compile and the libraries allocate what they need
         cache.graph = "next"
-        return model._run(tokens, [None for _ in layers], cache)
+        return model._run(tokens, [None] * len(layers), cache)
     if cache.graph == "next":
         graph, inputs, clock = torch.cuda.CUDAGraph(), tokens.clone(), torch.tensor(position, device=tokens.device)
-        masks = [None for _ in layers]
-        if layers[0].first is not None:  # which layers end a chunk, in few operations
+        fixed, masks = model.config.chunking != "random", [None] * len(layers)
+        if fixed:  # then one comparison says which layers end a chunk
             grid = torch.tensor([(int(a.first), a.config.chunk_size or NEVER) for a in layers], device=tokens.device)
             first, step = grid.T[..., None, None]                                 # (layers, 1, 1) each
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
-            if layers[0].first is not None:
+            if fixed:
                 masks = list((clock - first) % step == 0)
             for layer in cache.layers:
                 layer.position = clock

@@ -995,7 +995,8 @@ def test_public_names_have_docstrings():
 def test_gpu_agrees_with_cpu(dtype, tolerance):
     """With heads of 32 and states of 16, so that the kernels take part where there are chunks of a fixed step;
     as it is and compiled."""
-    for changes in (dict(), dict(chunking=modulo_rule), dict(chunk_size=(None, 4), leading_tokens=(5, None))):
+    for changes in (dict(), dict(chunking=modulo_rule), dict(chunk_size=(None, 4), leading_tokens=(5, None)),
+                    dict(chunking="random", chunk_size=(None, 4))):
         config = small(dim=64, ssm_state=16, **changes)
         exact = Attamba(config).double()
         model = Attamba(config).cuda()

@@ -148,18 +148,21 @@ def released(quick):
         yield f"against the released way: {name}", unit, {"transformer": slow["attamba"], **fast}, {}
 
 
-def attention(quick):
+def attention_alone(length, total):
+    """One call of attention, forward and backward, on `total` tokens in sequences of `length`: by full attention, by attend"""
     heads, d = SIZES["n_heads"], SIZES["dim"] // SIZES["n_heads"]
-    total = 65536 if GPU else 16384
+    q, k, v, g = (torch.randn(total // length, length, heads, d, device=DEVICE, dtype=torch.bfloat16 if GPU else torch.float32)
+                  .transpose(1, 2).requires_grad_() for _ in range(4))
+    ends, first = (torch.arange(1, length + 1, device=DEVICE) % P == 0)[None], torch.tensor(P - 1)
+    return {"transformer": lambda: torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v), g),
+            "attamba": lambda: torch.autograd.grad(attend(q, k, v, ends, L, P, first), (q, k, v), g)}
+
+
+def attention(quick):
     for length in ([1024, 4096] if quick else [1024, 4096, 16384, 65536]) if GPU else ([256] if quick else [256, 4096, 16384]):
-        q, k, v, g = (torch.randn(total // length, length, heads, d, device=DEVICE, dtype=torch.bfloat16 if GPU else torch.float32)
-                      .transpose(1, 2).requires_grad_() for _ in range(4))
-        ends = (torch.arange(1, length + 1, device=DEVICE) % P == 0)[None]
-        first = torch.tensor(P - 1)
         calls = 10 if GPU else 1  # in a row, as in training: the GPU then waits for nobody
-        full = lambda: [torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v), g) for _ in range(calls)]
-        chunks = lambda: [torch.autograd.grad(attend(q, k, v, ends, L, P, first), (q, k, v), g) for _ in range(calls)]
-        seconds = clock({"transformer": full, "attamba": chunks}, 3 if quick or not GPU else 7, 2)
+        rows = {n: lambda one=one: [one() for _ in range(calls)] for n, one in attention_alone(length, 65536 if GPU else 16384).items()}
+        seconds = clock(rows, 3 if quick or not GPU else 7, 2)
         yield f"attention alone, forward and backward, S {length}", "ms", {n: s * 1e3 / calls for n, s in seconds.items()}, {}
 
 
@@ -185,9 +188,8 @@ def kernels(function, calls=5):
 
 
 def profile(quick):
-    length = 1024 if GPU else 256
-    tokens = torch.randint(SIZES["vocab_size"], ((65536 if GPU else 4096) // length, length), device=DEVICE)
-    steps = {}
+    length, total = (1024, 65536) if GPU else (256, 4096)
+    tokens, steps = torch.randint(SIZES["vocab_size"], (total // length, length), device=DEVICE), {}
     for name, options in MODELS.items():
         torch._dynamo.reset()
         steps[name] = Training(options, tokens)
@@ -199,21 +201,16 @@ def profile(quick):
             print(f"{name}: first step {time.perf_counter() - begin:.1f} s, of which, in s, nested: " + ", ".join(
                 f"{phase} {float(s):.1f}" for phase, s in sorted(phases, key=lambda p: -float(p[1]))[:12]))
         steps[name]()
-    q, k, v, g = (torch.randn(len(tokens), SIZES["n_heads"], length, SIZES["dim"] // SIZES["n_heads"], device=DEVICE,
-                              dtype=torch.bfloat16 if GPU else torch.float32, requires_grad=True) for _ in range(4))
-    ends, first = (torch.arange(1, length + 1, device=DEVICE) % P == 0)[None], torch.tensor(P - 1)
-    alone = {"transformer": lambda: torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v), g),
-             "attamba": lambda: torch.autograd.grad(attend(q, k, v, ends, L, P, first), (q, k, v), g)}
-    for what, functions in (("a training step", steps), ("attention, forward and backward", alone)):
-        total = {}
+    for what, functions in (("a training step", steps), ("attention, forward and backward", attention_alone(length, total))):
+        times = {}
         for name, function in functions.items():
             clock({name: function}, 1)
             rows = kernels(function)
-            total[name] = sum(ms for ms, _, _ in rows)
-            print(f"{name}, {what}, S {length}: {total[name]:.3f} ms in {sum(n for _, n, _ in rows):.0f} kernels")
+            times[name] = sum(ms for ms, _, _ in rows)
+            print(f"{name}, {what}, S {length}: {times[name]:.3f} ms in {sum(n for _, n, _ in rows):.0f} kernels")
             for ms, n, key in rows[:12]:
                 print(f"{ms:10.3f} ms {n:6.0f} x {key[:100]}")
-        yield f"kernels of {what}, S {length}", "ms", total, {}
+        yield f"kernels of {what}, S {length}", "ms", times, {}
 
 
 def pretend(model, cache, context):

@@ -124,10 +124,10 @@ def rows(shape, shrink=1):
             return thick(min((d, d + 2), key=lambda d: abs(size(S, thick(d)) - target)))
         return model
 
-    def equal_parameters(like, base=transformer):
-        """`base` with its SwiGLUs as wide as the parameters of `like` allow."""
+    def equal_parameters(like):
+        """The transformer with its SwiGLUs as wide as the parameters of `like` allow."""
         hidden = range(16, 16 * shape["dim"], 16)
-        return lambda: dict(base, hidden_dim=fitted(hidden, lambda h: parameters(config(**base, hidden_dim=h)), parameters(config(**like))))
+        return lambda: dict(transformer, hidden_dim=fitted(hidden, lambda h: parameters(config(**transformer, hidden_dim=h)), parameters(config(**like))))
 
     n, table = shape["n_layers"], []
     s1, s4 = 1024 // shrink, 4096 // shrink
@@ -331,17 +331,15 @@ def main():
     results = [json.loads(l) for l in open(a.results)] if a.results.exists() else []
     table = rows(quick["shape"], quick["shrink"])
     wanted = [r for r in table if any(fnmatch.fnmatchcase(r.name, pattern) for pattern in a.only.split(","))]
-    def ready(rows):                                               # those that run, only they
-        for r in rows:
-            r.model = {**quick["shape"], **(r.model() if callable(r.model) else r.model)}
-        return rows
     if a.groups != ["list"]:
         unknown = set(a.groups) - {r.group for r in table}
         if unknown:
             raise UserError(f"unknown group {', '.join(unknown)}")
-        wanted = ready([r for g in a.groups for r in wanted if r.group == g])
-    else:
-        return show(ready(wanted), results)
+        wanted = [r for g in a.groups for r in wanted if r.group == g]
+    for row in wanted:
+        row.model = {**quick["shape"], **(row.model() if callable(row.model) else row.model)}
+    if a.groups == ["list"]:
+        return show(wanted, results)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch._dynamo.config.recompile_limit = 64                      # RandomP has a graph for each P
     failed, pace = 0, 0.0                                          # seconds per token of the last row
@@ -349,11 +347,10 @@ def main():
         text = corpus(row.corpus, a.work, a.data)
         rows_a_step = max(1, quick["tokens_per_step"] // row.seq_len)
         steps = max(1, round((a.steps or quick["steps"]) * row.part))
-        scored = rows_a_step * row.seq_len                         # whole batches only: another shape would compile again
         options = TrainConfig(device=device, steps=steps, batch_size=rows_a_step, seq_len=row.seq_len, warmup=min(100, steps // 10), seed=seed,
                               lr=row.lr or learning_rates(results)[family(row)], save_every=400,
-                              eval_tokens=max(1, min(quick["eval_tokens"], len(text.valid) - 1) // scored) * scored)
-        tokens = steps * scored
+                              eval_tokens=quick["eval_tokens"])
+        tokens = steps * rows_a_step * row.seq_len
         ident = (row.name, text.fingerprint, tokens, seed, row.seq_len)
         if ident in map(key, results):
             continue
