@@ -45,7 +45,6 @@ c q                blocks of tokens (for computing, no matter where chunks end),
 import math
 import sys
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Callable, Iterator, Optional, Union
 
 import torch
@@ -566,84 +565,55 @@ def ssm_scan_ref(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tens
     return torch.stack(ys, 1), h
 
 
-FORGOTTEN = -30.0  # least log-decay: exp(-30) is negligible, and -1e6 in a cumulative sum would cost its neighbours
-                   # their precision
-
-
 def ssm_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
              boundaries: Optional[Tensor] = None, h: Optional[Tensor] = None, block: Optional[int] = None) -> tuple[Tensor, Tensor]:
-    """The same as ssm_scan_ref, in parallel by blocks of tokens. (Their length changes the speed only; default:
-    16, on a GPU 64, the fastest that were measured.)
-
-    Inside a block the recurrence is a masked matrix product, as in [2, section 6]:
+    """The same as ssm_scan_ref, in parallel. Written out, the recurrence is a masked matrix product [2, section 6]:
 
         y_i = sum_j M_ij (C_i . B_j) dt_j u_j,   M_ij = exp(sum of dt A over j+1 ... i)   j <= i, same chunk
                                                       = 0                                 otherwise
 
-    and what a block leaves behind is carried on to the next by _carry. Decays are summed within a block only
-    (in _carry: within 64 of them), and a boundary is a zero in M, never a large negative number in a sum.
+    It is done inside blocks of q tokens, then once more for the states between the blocks. A boundary is a zero in M,
+    never a large negative number in a sum. block (q) changes the speed only; the default is what was measured best.
     """
     (b, l, H, p), (g, n) = u.shape, B.shape[2:]
+    q = min(l, block or max(64 if u.is_cuda else 16, math.isqrt(l) // 32 * 16))
     dtype = torch.promote_types(u.dtype, torch.float32)
     if boundaries is None:
         boundaries = torch.zeros(1, l, dtype=torch.bool, device=u.device)
-    blocks = partial(_blocks, size=min(block or (64 if u.is_cuda else 16), l))
 
-    def per_group(t):
-        """(b, c, H, ...) -> (b, c, g, H/g, ...)"""
-        return t.unflatten(2, (g, -1))
+    def blocks(t):
+        """(b, l, heads, ...) -> (b, c, heads, q, ...), zeros after the sequence: a token with dt = 0 has no effect."""
+        return F.pad(t, (0, 0) * (t.dim() - 2) + (0, -l % q)).unflatten(1, (-1, q)).transpose(2, 3)
+
+    def decays(log_a, chunk):
+        """M (..., q, q), from log-decays and chunk numbers (..., q). (A difference of two sums would lose precision.)"""
+        log_m = log_a[..., None].expand(*log_a.shape, log_a.shape[-1]).tril(-1).cumsum(-2)
+        return torch.exp(log_m) * (chunk[..., :, None] == chunk[..., None, :]).tril()
 
     with torch.autocast(u.device.type, enabled=False):
         u, dt, B, C = (t.to(dtype) for t in (u, dt, B, C))
-        x = blocks(u * dt[..., None]).transpose(2, 3)                             # (b, c, H, q, p)
-        cum = blocks((dt * A).clamp(min=FORGOTTEN)).transpose(2, 3).cumsum(-1)    # (b, c, H, q), <= 0
-        B, C = blocks(B).transpose(2, 3), blocks(C).transpose(2, 3)               # (b, c, g, q, n)
-        ends = blocks(boundaries)                                                 # (b, c, q)
-        chunk, n_ends = ends.cumsum(-1) - ends.long(), ends.sum(-1, keepdim=True) # number of the chunk in the block
-        M = per_group(_decays(cum, chunk)) * (C @ B.mT).unsqueeze(3)              # (b, c, g, H/g, q, q)
-        y = M.flatten(2, 3) @ x                                                   # (b, c, H, q, p)
-        # What survives the block: the tokens after its last boundary ...
-        left = x * (torch.exp(cum[..., -1:] - cum) * (chunk == n_ends)[:, :, None])[..., None]
-        s = per_group(left).mT.flatten(3, 4) @ B                                  # (b, c, g, H/g p, n)
-        # ... and what enters it, seen by the tokens up to its first boundary.
-        entering, h = _carry(cum[..., -1], n_ends[..., 0] > 0, s.view(b, -1, H, p * n), h)
-        seen = C @ entering.view(b, -1, g, H // g * p, n).mT                      # (b, c, g, q, H/g p)
-        seen = seen.unflatten(-1, (H // g, p)).transpose(3, 4).flatten(2, 3)      # (b, c, H, q, p)
-        y = y + seen * (torch.exp(cum) * (chunk == 0)[:, :, None])[..., None]
+        x, B, C = blocks(u * dt[..., None]), blocks(B), blocks(C)                 # (b, c, H, q, p); (b, c, g, q, n) twice
+        log_a, ends = blocks(dt * A), blocks(boundaries[..., None])               # (b, c, H, q), (b, c, 1, q)
+        chunk, n_ends = ends.cumsum(-1) - ends.long(), ends.sum(-1)               # number of the chunk in the block
+        # 1. Inside a block.
+        M = decays(log_a, chunk)                                                  # (b, c, H, q, q)
+        y = (M.unflatten(2, (g, -1)) * (C @ B.mT)[:, :, :, None]).flatten(2, 3) @ x                   # (b, c, H, q, p)
+        # 2. What a block leaves behind: the tokens after its last boundary, decayed as its last token sees them.
+        left = x * (M[..., -1, :] * ~ends[..., -1:])[..., None]
+        s = left.unflatten(2, (g, -1)).mT.flatten(3, 4) @ B                       # (b, c, g, H/g p, n)
+        if h is None and l == q:  # a single block, and nothing enters it
+            return y.transpose(2, 3).flatten(1, 2) + D[:, None] * u, s.view(b, H, p, n)
+        # 3. From block to block, the same with blocks as tokens: h, which enters the first, and s are summed up.
+        h = u.new_zeros(b, H, p, n) if h is None else h.to(dtype)
+        h = torch.cat([h.view(b, H, 1, p * n), s.view(b, -1, H, p * n).transpose(1, 2)], 2)           # (b, H, 1 + c, p n)
+        cum = log_a.cumsum(-1)
+        h = decays(F.pad(cum[..., -1].mT, (1, 0)), F.pad((n_ends > 0).mT, (1, 0)).cumsum(-1)) @ h
+        # 4. What enters a block, seen by the tokens up to its first boundary.
+        seen = C @ h[:, :, :-1].transpose(1, 2).reshape(b, -1, g, H // g * p, n).mT                   # (b, c, g, q, H/g p)
+        seen = seen.unflatten(-1, (-1, p)).transpose(3, 4).flatten(2, 3)          # (b, c, H, q, p)
+        y = y + seen * (torch.exp(cum) * (chunk == 0))[..., None]
         y = y.transpose(2, 3).flatten(1, 2)[:, :l] + D[:, None] * u               # (b, l, H, p)
-    return y, h.view(b, H, p, n)
-
-
-def _blocks(t: Tensor, size: int) -> Tensor:
-    """(b, l, ...) -> (b, c, size, ...), zeros after the sequence: a token with dt = 0 has no effect."""
-    return F.pad(t, (0, 0) * (t.dim() - 2) + (0, -t.shape[1] % size)).unflatten(1, (-1, size))
-
-
-def _decays(cum: Tensor, chunk: Tensor) -> Tensor:
-    """M_ij = exp(cum_i - cum_j) where j <= i and both lie in one chunk, else 0.
-    cum (b, c, H, q) cumulated log-decays, chunk (b or 1, c, q) ids -> (b, c, H, q, q)"""
-    same = (chunk[..., :, None] == chunk[..., None, :]).tril()[:, :, None]
-    return torch.exp((cum[..., :, None] - cum[..., None, :]).clamp(max=0)) * same
-
-
-def _carry(log_a: Tensor, reset: Tensor, s: Tensor, h: Optional[Tensor], block: int = 64) -> tuple[Tensor, Tensor]:
-    """States between blocks: h_{c+1} = a_c h_c + s_c with a_c = 0 where reset. It is the same kind
-    of recurrence as the tokens', so it is solved in the same way, blocks of blocks, recursively.
-    log_a (b, c, H), reset (b or 1, c), s (b, c, H, f = p n), h (b, H, f...) or None for zero -> (b, c, H, f)
-    states entering each block, (b, H, f) the last. (A token's boundary acts after it, a block's reset on what
-    enters it: so `resets` counts a block's own, `chunk` in ssm_scan not a token's own.)"""
-    b, c, H, f = s.shape
-    h = s.new_zeros(b, H, f) if h is None else h.reshape(b, H, f).to(s.dtype)
-    if c == 1:
-        keep = torch.exp(log_a[:, 0]) * ~reset[:, :1]                             # (b, H)
-        return h[:, None], keep[..., None] * h + s[:, 0]
-    log_a, reset, s = (_blocks(t, min(block, c)) for t in (log_a.clamp(min=FORGOTTEN), reset, s))     # (b, C, q, ...)
-    cum, resets, s = log_a.transpose(2, 3).cumsum(-1), reset.cumsum(-1), s.transpose(2, 3)    # (b, C, H, q, ...)
-    inside = _decays(cum, resets) @ s                                             # (b, C, H, q, f)
-    entering, last = _carry(cum[..., -1], resets[..., -1] > 0, inside[..., -1, :], h)
-    after = inside + entering[..., None, :] * (torch.exp(cum) * (resets == 0)[:, :, None])[..., None]
-    after = after.transpose(2, 3).flatten(1, 2)[:, :c]                            # (b, c, H, f)
-    return torch.cat([h[:, None], after[:, :-1]], 1), last
+    return y, h[:, :, -1].view(b, H, p, n)
 
 
 # ---------------------------------------------------------------------------------------
@@ -1286,7 +1256,7 @@ if triton is not None:
             at_z, at_dt = x_row + h * p, x_row + H * p + h + t * (2 * size)
             v = tl.load(X + at_dt, mask=inside, other=0.0).to(tl.float32) + tl.load(BIAS + s * H + h)
             dt = tl.where(inside, tl.where(v > 20.0, v, tl.log(1 + _exp(v))), 0.0)   # softplus
-            cum = tl.cumsum(tl.maximum(dt * a, -30.0), 0)                         # as FORGOTTEN
+            cum = tl.cumsum(tl.maximum(dt * a, -30.0), 0)   # exp(-30) is nothing; less would cost its neighbours precision
             decay = tl.where(same, _exp(tl.minimum(cum[:, None] - cum[None, :], 0.0)), 0.0)
             u, slope_u = _silu(_rows(UBC + c_row + h * p, t, S, 2, width, p))
             gate, slope_z = _silu(_rows(X + at_z, t, S, 2, size, p))

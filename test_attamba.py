@@ -229,15 +229,15 @@ def test_scan_of_100000_tokens_against_a_formula():
     t = torch.arange(1, l + 1)[:, None].double()
     exact = torch.where(rates > 1e-20, torch.expm1(-rates * t) / torch.expm1(-rates), t)
     error = ((y[0, :, :, 0] - exact) / exact).abs().max()
-    assert error < 2e-6, error                                                    # measured 4.3e-7
+    assert error < 2e-6, error                                                    # measured 9.3e-7
     assert all(g.isfinite().all() for g in torch.autograd.grad(y.mean(), [*inputs, A]))
 
 
 @pytest.mark.parametrize("block", [16, 64])
 @pytest.mark.parametrize("low, high, bound", [
-    (1e-3, 1e-1, 1e-5),                                                           # as in a fresh model: measured 6.9e-6
-    (1e-9, 1e-7, 1e-5),                                                           # never forget: measured 2.8e-6
-    (1e-6, 1e7, 1e-4)])                                                           # measured 5.3e-5
+    (1e-3, 1e-1, 1e-5),                                                           # as in a fresh model
+    (1e-9, 1e-7, 1e-5),                                                           # never forget
+    (1e-6, 1e7, 1e-5)])                                                           # all measured 2.3e-6 (of D's gradient)
 def test_float32_error_of_a_chunk_of_20000_tokens(low, high, bound, block):
     """Outputs, state and every gradient against float64, for dt between low and high."""
     shapes = (1, 20_000, 4, 4), (1, 20_000, 1, 8), (1, 20_000, 1, 8), (4,)

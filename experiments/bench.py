@@ -148,31 +148,37 @@ def released(quick):
         yield f"against the released way: {name}", unit, {"transformer": slow["attamba"], **fast}, {}
 
 
-def attention_alone(length, total):
+def attention_calls(length, total, P=P, L=L):
     """One call of attention, forward and backward, on `total` tokens in sequences of `length`: by full attention, by attend"""
     heads, d = SIZES["n_heads"], SIZES["dim"] // SIZES["n_heads"]
     q, k, v, g = (torch.randn(total // length, length, heads, d, device=DEVICE, dtype=torch.bfloat16 if GPU else torch.float32)
                   .transpose(1, 2).requires_grad_() for _ in range(4))
-    ends, first = (torch.arange(1, length + 1, device=DEVICE) % P == 0)[None], torch.tensor(P - 1)
+    first = P - 1 if P else attamba.NEVER
+    ends, first = ((torch.arange(length, device=DEVICE) - first) % (P or attamba.NEVER) == 0)[None], torch.tensor(first, device="cpu")
     return {"transformer": lambda: torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v), g),
             "attamba": lambda: torch.autograd.grad(attend(q, k, v, ends, L, P, first), (q, k, v), g)}
 
 
+ATTENTION_LENGTHS, ATTENTION_TOKENS = ([1024, 4096, 16384, 65536], 65536) if GPU else ([256, 4096, 16384], 16384)
+
+
 def attention(quick):
-    for length in ([1024, 4096] if quick else [1024, 4096, 16384, 65536]) if GPU else ([256] if quick else [256, 4096, 16384]):
+    for length in ATTENTION_LENGTHS[:(2 if GPU else 1) if quick else None]:
         calls = 10 if GPU else 1  # in a row, as in training: the GPU then waits for nobody
-        rows = {n: lambda one=one: [one() for _ in range(calls)] for n, one in attention_alone(length, 65536 if GPU else 16384).items()}
+        rows = {n: lambda one=one: [one() for _ in range(calls)] for n, one in attention_calls(length, ATTENTION_TOKENS).items()}
         seconds = clock(rows, 3 if quick or not GPU else 7, 2)
         yield f"attention alone, forward and backward, S {length}", "ms", {n: s * 1e3 / calls for n, s in seconds.items()}, {}
 
 
-@torch.no_grad()
+def prefill_calls(length):
+    tokens = torch.randint(SIZES["vocab_size"], (1, length), device=DEVICE)
+    models = {name: build(torch.bfloat16 if GPU else None, **options) for name, options in MODELS.items()}
+    return {n: lambda m=m: m(tokens, cache=m.new_cache(1, length + 1)) for n, m in models.items()}
+
+
 def prefill(quick):
     length = (131072 if not quick else 16384) if GPU else (16384 if not quick else 1024)
-    dtype = torch.bfloat16 if GPU else torch.float32
-    tokens = torch.randint(SIZES["vocab_size"], (1, length), device=DEVICE)
-    models = {name: build(dtype, **options) for name, options in MODELS.items()}
-    seconds = clock({n: lambda m=m: m(tokens, cache=m.new_cache(1, length + 1)) for n, m in models.items()}, 3)
+    seconds = clock(prefill_calls(length), 3)
     yield f"prefill of {length}, batch 1", "tokens/s", {n: length / s for n, s in seconds.items()}, {}
 
 
@@ -188,6 +194,7 @@ def kernels(function, calls=5):
 
 
 def profile(quick):
+    """Where the time goes, kernel by kernel, in the rows of the other sections."""
     length, total = (1024, 65536) if GPU else (256, 4096)
     tokens, steps = torch.randint(SIZES["vocab_size"], (total // length, length), device=DEVICE), {}
     for name, options in MODELS.items():
@@ -201,16 +208,28 @@ def profile(quick):
             print(f"{name}: first step {time.perf_counter() - begin:.1f} s, of which, in s, nested: " + ", ".join(
                 f"{phase} {float(s):.1f}" for phase, s in sorted(phases, key=lambda p: -float(p[1]))[:12]))
         steps[name]()
-    for what, functions in (("a training step", steps), ("attention, forward and backward", attention_alone(length, total))):
-        times = {}
-        for name, function in functions.items():
-            clock({name: function}, 1)
-            rows = kernels(function)
-            times[name] = sum(ms for ms, _, _ in rows)
-            print(f"{name}, {what}, S {length}: {times[name]:.3f} ms in {sum(n for _, n, _ in rows):.0f} kernels")
-            for ms, n, key in rows[:12]:
-                print(f"{ms:10.3f} ms {n:6.0f} x {key[:100]}")
-        yield f"kernels of {what}, S {length}", "ms", times, {}
+    yield kernel_times(f"a training step, S {length}", steps)
+    for length in ATTENTION_LENGTHS[:1 if quick else None]:
+        yield kernel_times(f"attention, S {length}", attention_calls(length, ATTENTION_TOKENS))
+        if GPU:  # the same kernels at the transformer's work: what is lost to their rate
+            window = attention_calls(length, ATTENTION_TOKENS, None, length - 2)               # all keys but one
+            yield kernel_times(f"attention, S {length}, a window of {length - 2} in place of chunks", window)
+    if not quick:
+        length, batch = (131072, 64) if GPU else (16384, 1)
+        yield kernel_times(f"prefill of {length}, batch 1", prefill_calls(length))
+        yield kernel_times(f"five steps of decoding, batch {batch}, context 32768", decode_calls(batch, 32768)[0])
+
+
+def kernel_times(what, functions):
+    times = {}
+    for name, function in functions.items():
+        clock({name: function}, 1, 2)                                             # compiled, and its graph recorded
+        rows = kernels(function)
+        times[name] = sum(ms for ms, _, _ in rows)
+        print(f"{name}, {what}: {times[name]:.3f} ms in {sum(n for _, n, _ in rows):.0f} kernels")
+        for ms, n, key in rows[:10]:
+            print(f"{ms:10.3f} ms {n:6.0f} x {key[:100]}")
+    return f"kernels of {what}", "ms", times, {}
 
 
 def pretend(model, cache, context):
@@ -220,22 +239,27 @@ def pretend(model, cache, context):
         layer.n_chunks.fill_(int(block.attention.boundaries(max(0, context - layer.window)).sum()))
 
 
-@torch.no_grad()
+def decode_calls(batch, context):
+    """Five steps each of cached models that have seen `context` tokens, their caches and the bytes these took."""
+    token, steps, caches, taken = torch.zeros(batch, 1, dtype=torch.long, device=DEVICE), {}, {}, {}
+    for name, options in MODELS.items():
+        model = build(torch.bfloat16 if GPU else None, **options)
+        before = torch.cuda.memory_allocated() if GPU else 0
+        caches[name] = cache = model.new_cache(batch, context + 200)
+        taken[name] = torch.cuda.memory_allocated() - before if GPU else cache.nbytes
+        pretend(model, cache, context)
+        steps[name] = lambda model=model, cache=cache: [model(token, cache=cache) for _ in range(5)]
+    return steps, caches, taken
+
+
 def decode(quick):
-    dtype = torch.bfloat16 if GPU else torch.float32
-    for batch, context in ([(1, 1024)] if quick else [(1, 1024), (64, 32768)]) if GPU else ([(1, 1024)] if quick else [(1, 1024), (1, 8192), (1, 32768)]):
-        models, steps, row, caches = {name: build(dtype, **options) for name, options in MODELS.items()}, {}, {}, {}
-        token = torch.zeros(batch, 1, dtype=torch.long, device=DEVICE)
-        for name, model in models.items():
-            before = torch.cuda.memory_allocated() if GPU else 0
-            cache = caches[name] = model.new_cache(batch, context + 200)
-            row[f"{name} cache bytes"] = torch.cuda.memory_allocated() - before if GPU else cache.nbytes
-            pretend(model, cache, context)
-            steps[name] = lambda model=model, cache=cache: [model(token, cache=cache) for _ in range(5)]
+    for batch, context in ([(1, 1024), (64, 32768)] if GPU else [(1, 1024), (1, 8192), (1, 32768)])[:1 if quick else None]:
+        (steps, caches, taken), row = decode_calls(batch, context), {}
         seconds = clock(steps, 7)
-        for name, model in models.items():  # a step reads the weights and the cache once
-            moved = sum(p.numel() * p.element_size() for p in model.parameters()) + (caches[name].nbytes * context / (context + 200))
-            row[f"{name} % of bandwidth"] = 100 * moved / (seconds[name] / 5) / RATES["copy_gb_s"] / 1e9
+        for name, options in MODELS.items():  # a step reads the weights and the cache once
+            weights = sum(p.numel() for p in build(**options).parameters()) * (2 if GPU else 4)
+            row[f"{name} cache bytes"] = taken[name]
+            row[f"{name} % of bandwidth"] = 100 * (weights + caches[name].nbytes * context / (context + 200)) / (seconds[name] / 5) / RATES["copy_gb_s"] / 1e9
         yield f"decode, batch {batch}, context {context}", "tokens/s", {n: 5 * batch / s for n, s in seconds.items()}, row
 
 
