@@ -508,23 +508,20 @@ def chunk_conv(x: Tensor, weight: Tensor, boundaries: Optional[Tensor] = None, t
     none (without a tail only), tail (b, k - 1, *c) the last inputs before x, zero outside the current chunk
     -> y (b, l, *c), and the tail after x if one was given. Source: [1, section 3], [2].
     """
-    k, l, ones = len(weight), x.shape[1], [1] * (x.dim() - 2)
-    ends = boundaries
-    if tail is not None:
-        x = torch.cat([tail.to(x.dtype), x], 1)                                   # (b, k-1+l, *c)
-        ends = F.pad(boundaries, (k - 1, 0))                                      # the tail holds no boundary
-    y, cut = weight[0] * x, None
-    for j in range(1, min(k, x.shape[1])):
-        term = F.pad(weight[j] * x[:, :-j], (0, 0) * len(ones) + (j, 0))
-        if ends is not None:  # cut where one of t-j ... t-1 ends a chunk
-            before = F.pad(ends[:, :-j], (j, 0))
-            cut = before if cut is None else cut | before
-            term = term.masked_fill(cut.view(*cut.shape, *ones), 0)
+    k, l, ones = len(weight), x.shape[1], (1,) * (x.dim() - 2)
+    past = F.pad(x, (0, 0) * len(ones) + (k - 1, 0)) if tail is None else torch.cat([tail.to(x.dtype), x], 1)
+    y, same = weight[0] * x, True                                                 # past: (b, k-1+l, *c)
+    inner = None if boundaries is None else ~F.pad(boundaries, (k - 1, 0))        # where no chunk ends; none in the tail
+    for j in range(1, k):
+        term = weight[j] * past[:, k - 1 - j:k - 1 - j + l]                       # x_{t-j}
+        if boundaries is not None:  # t-j lies in t's chunk if none of t-j ... t-1 ends one
+            same = same & inner[:, k - 1 - j:k - 1 - j + l]
+            term = term * same.view(*same.shape, *ones)
         y = y + term
-    if tail is not None:
-        over = ends[:, l:].flip(1).cumsum(1).flip(1) > 0                          # (b, k-1): a boundary since
-        tail = x[:, l:].masked_fill(over.view(*over.shape, *ones), 0)
-    return y[:, x.shape[1] - l:].to(x.dtype), tail
+    if tail is not None:  # of the last inputs, those after the last boundary
+        since = inner[:, l:].flip(1).cumprod(1).flip(1)
+        tail = past[:, l:] * since.view(*since.shape, *ones)
+    return y.to(x.dtype), tail
 
 
 def ssm_step(h: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
