@@ -43,7 +43,7 @@ def save(figure, name):
 
 def family(row):
     """Which series a trained model belongs to; None for those outside the figure (tables have them)."""
-    name = row["name"]
+    name = row["name"].partition("-parameters=")[0]                 # a baseline with as many parameters as another row
     if "ssm" in name:
         return "other"
     if name.startswith("one-full-layer"):
@@ -60,7 +60,7 @@ LABELS = dict(transformer="transformer", window="transformer, sliding window", n
               strided="strided attention, no SSM", layout="transformer, one full layer and windows", attamba="Attamba (P, L)", other="Attamba, other settings")
 
 
-NAMES = {"window-ssm-keep": "windows, SSMs never reset", "one-full-layer-rest-window-ssm-keep": "one full layer, windows, SSMs"}
+NAMES = {"transformer-parameters=ssm-keep": "19 % more parameters", "window-ssm-keep": "windows, SSMs never reset", "one-full-layer-rest-window-ssm-keep": "one full layer, windows, SSMs"}
 
 
 def kv_perplexity(row_filter, name, title):
@@ -83,12 +83,12 @@ def kv_perplexity(row_filter, name, title):
         axes.plot(x, y, linestyle="-" if series == "window" else "none", marker="o", markersize=4 if series == "other" else 6,
                   color=COLOURS[series], label=LABELS[series])
         for i, label in enumerate(names):
-            label = NAMES.get(label, label)
             if series == "attamba":
                 label = ", ".join(part[1:] for part in label.split("-")[1:])                  # P, L
-            elif series not in ("other", "narrowed"):
+            elif series not in ("other", "narrowed") and label not in NAMES:
                 continue
-            axes.annotate(label, (x[i], y[i]), xytext=(5, 4), textcoords="offset points", fontsize=8, color=COLOURS[series])
+            side = dict(xytext=(-6, -3), ha="right") if series == "transformer" else dict(xytext=(5, 4))
+            axes.annotate(NAMES.get(label, label), (x[i], y[i]), **side, textcoords="offset points", fontsize=8, color=COLOURS[series])
     axes.set(xscale="log", xlabel="KV cache of one sequence, MB (allocated, SSM states included)", ylabel="held-out perplexity", title=title)
     ticks = [t for t in (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70) if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
     axes.set_xticks(ticks, [str(t) for t in ticks])

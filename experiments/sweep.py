@@ -199,6 +199,8 @@ def rows(shape, shrink=1):
     layered("one-full-layer-rest-window", lambda L: whole(L, None), kv="linear")
     keep = dict(kv="linear+ssm", chunk_size=None)
     add("open", "transformer-parameters=ssm-keep", equal_parameters(keep))                  # what the SSMs' parameters would do elsewhere
+    layout = equal_layers(main, s1, lambda L: whole(L, None), kv="linear")
+    add("open", "one-full-layer-rest-window-parameters=ssm-keep", lambda: dict(layout(), hidden_dim=equal_parameters(keep)()["hidden_dim"]))
     add("open", "full-attention-ssm-keep", dict(keep, leading_tokens=None))                 # and the SSMs without a smaller cache
     for kv, note in (("linear+ssm", "-keep"), ("ssm", "")):
         layered("one-full-layer-rest-window-ssm" + note, whole, kv=kv)
