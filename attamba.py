@@ -159,7 +159,8 @@ class Attamba(nn.Module):
         rope = rope_angles(start, tokens.shape[1], c.head_dim, c.rope_theta, tokens.device)
         x = self.embed(tokens)                                                    # (b, l, d)
         for i, block in enumerate(self.blocks):
-            # Compiled blocks are for training; with a cache, which is handled in Python, a block runs as it is.
+            # Compiled blocks are for training; with a cache, which is handled in Python, a block runs as it is
+            # (its forward is called, without hooks).
             x = block.forward(x, masks[i], cache.layers[i], rope) if cache else block(x, masks[i], None, rope)
         return self.head(self.norm(x))                                            # (b, l, vocab_size)
 
@@ -278,6 +279,7 @@ class AttambaAttention(nn.Module):
         ends = self.boundaries(l, start) if boundaries is None else _check_mask(boundaries, (1, b), l)   # (1 or b, l)
         if cache and isinstance(start, int):  # again, for a layer without a model (a tensor: a CUDA graph is recorded)
             cache.check(self, b, l, boundaries)
+            cache.rule_fits &= boundaries is None      # a mask may have taken more entries than the rule would have
         decoding = cache is not None and l == 1
         # With chunks of a fixed step from position 0 on, `first` gives their ends without reading the mask.
         first = self.first if boundaries is None and not decoding and not start else None
@@ -440,8 +442,8 @@ class ChunkSSM(nn.Module):
         if fixed and _ssm_kernel_fits(x, c, P):
             y = _ssm(x, self.w_conv, *self._rates(x), first, P, c.ssm_inner).movedim(0, 2)
         elif fixed and P > 3 and not torch.compiler.is_compiling():
-            # Each chunk is a sequence of its own, so they make a batch, without masks; the first one lacks `front` tokens.
-            # (Slower for shorter chunks; and a compiled graph cannot ask for a size that depends on data.)
+            # Each chunk is a sequence of its own, so they make a batch, without masks; the first lacks the `front` tokens
+            # of its phase. (Slower for shorter chunks; and a compiled graph cannot ask for a size that depends on data.)
             front = P - 1 - int(first)
             chunks = F.pad(x, (0, 0, 0, 0, front, -(front + l) % P)).unflatten(1, (-1, P)).flatten(0, 1)
             y = self._mix(chunks)[0].unflatten(0, (len(x), -1)).flatten(1, 2)[:, front:front + l]
@@ -570,11 +572,13 @@ def ssm_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
                                                       = 0                                 otherwise
 
     It is done inside blocks of q tokens, then once more for the states between the blocks. A boundary is a zero in M,
-    never a large negative number in a sum. block (q) changes the speed only; the default is what was measured best.
+    never a large negative number in a sum. block (q) changes the speed only; the default, some sqrt(l) / 2, was measured best.
     """
     (b, l, H, p), (g, n) = u.shape, B.shape[2:]
-    q = min(l, block or max(64 if u.is_cuda else 16, math.isqrt(l) // 32 * 16))
-    dtype = torch.promote_types(u.dtype, torch.float32)
+    q, dtype = block or (64 if u.is_cuda else 16), torch.promote_types(u.dtype, torch.float32)
+    while block is None and 4 * q * q < l:
+        q *= 2
+    q = l if l < q else q
     if boundaries is None:
         boundaries = torch.zeros(1, l, dtype=torch.bool, device=u.device)
 
@@ -591,20 +595,22 @@ def ssm_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
         u, dt, B, C = (t.to(dtype) for t in (u, dt, B, C))
         x, B, C = blocks(u * dt[..., None]), blocks(B), blocks(C)                 # (b, c, H, q, p); (b, c, g, q, n) twice
         log_a, ends = blocks(dt * A), blocks(boundaries[..., None])               # (b, c, H, q), (b, c, 1, q)
-        chunk, n_ends = ends.cumsum(-1) - ends.long(), ends.sum(-1)               # number of the chunk in the block
+        chunk = ends.cumsum(-1) - ends.long()                                     # chunk ends before a token, in its block
         # 1. Inside a block.
         M = decays(log_a, chunk)                                                  # (b, c, H, q, q)
         y = (M.unflatten(2, (g, -1)) * (C @ B.mT)[:, :, :, None]).flatten(2, 3) @ x                   # (b, c, H, q, p)
         # 2. What a block leaves behind: the tokens after its last boundary, decayed as its last token sees them.
         left = x * (M[..., -1, :] * ~ends[..., -1:])[..., None]
-        s = left.unflatten(2, (g, -1)).mT.flatten(3, 4) @ B                       # (b, c, g, H/g p, n)
+        added = left.unflatten(2, (g, -1)).mT.flatten(3, 4) @ B                   # (b, c, g, H/g p, n)
         if h is None and l == q:  # a single block, and nothing enters it
-            return y.transpose(2, 3).flatten(1, 2) + D[:, None] * u, s.view(b, H, p, n)
-        # 3. From block to block, the same with blocks as tokens: h, which enters the first, and s are summed up.
-        h = u.new_zeros(b, H, p, n) if h is None else h.to(dtype)
-        h = torch.cat([h.view(b, H, 1, p * n), s.view(b, -1, H, p * n).transpose(1, 2)], 2)           # (b, H, 1 + c, p n)
-        cum = log_a.cumsum(-1)
-        h = decays(F.pad(cum[..., -1].mT, (1, 0)), F.pad((n_ends > 0).mT, (1, 0)).cumsum(-1)) @ h
+            return y.transpose(2, 3).flatten(1, 2) + D[:, None] * u, added.view(b, H, p, n)
+        # 3. From block to block, the same with blocks as tokens. (What a block adds lies after its own boundaries, so that
+        # they count for it: no "- ends" here.)
+        h = u.new_zeros(b, H, 1, p * n) if h is None else h.to(dtype).view(b, H, 1, p * n)
+        cum, resets = log_a.cumsum(-1), ends.any(-1).mT.cumsum(-1)                # (b, c, H, q), (b, 1, c)
+        total, added = cum[..., -1].mT, added.view(b, -1, H, p * n).transpose(1, 2)                   # (b, H, c), (b, H, c, p n)
+        after = decays(total, resets) @ added + (torch.exp(total.cumsum(-1)) * (resets == 0))[..., None] * h
+        h = torch.cat([h, after], 2)                                              # (b, H, 1 + c, p n): what enters each block
         # 4. What enters a block, seen by the tokens up to its first boundary.
         seen = C @ h[:, :, :-1].transpose(1, 2).reshape(b, -1, g, H // g * p, n).mT                   # (b, c, g, q, H/g p)
         seen = seen.unflatten(-1, (-1, p)).transpose(3, 4).flatten(2, 3)          # (b, c, H, q, p)
@@ -645,7 +651,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, leading_tokens: 
     end_k, end_v = k.gather(2, at), v.gather(2, at)                               # (b, heads, count, head_dim)
 
     size, off = max(128, L, l // 64), l - lq           # queries per block (at most some 64); keys before the first query
-    # The keys near a block: its own tokens and the last L of the block before (before the first: of what the cache held).
+    # The keys near a block: its own tokens and the last L of the block before (of the first block: of the cached keys).
     # They are split off, not sliced: the gradient of every slice would be as long as k.
     sizes = [min(L, off), *[size] * (lq // size), *[lq % size] * (lq % size > 0)]
     before, *blocks = zip(*(t[:, :, off - sizes[0]:].split(sizes, 2) for t in (k, v)))
@@ -770,9 +776,9 @@ class LayerCache:
         """`store` for one new token, in place. k, v (b, h, 1, head_dim), boundary (b or 1, 1) bool. It reads no
         value from the device (whether a chunk ends): a GPU need not be waited for, and the step can be recorded."""
         slot = torch.as_tensor(self.position % self.window, device=self.ends.device).view(1)
-        if self.max_chunks:  # the token that leaves its slot moves to the next free entry if it ended a chunk,
+        if self.max_chunks:  # the token that leaves its slot moves to the next free entry if it ended a chunk
             left = self.ends[:, slot]                                             # (b, 1)
-            to = torch.where(left, self.n_chunks[:, None] + self.window, slot)    # else to the slot: overwritten below
+            to = torch.where(left, self.n_chunks[:, None] + self.window, slot)    # else it stays: overwritten below
             old = self.kv[..., slot, :]                                           # (2, b, h, 1, d)
             self.kv.scatter_(3, to[None, :, None, :, None].expand_as(old), old)
             self.n_chunks += left[:, 0]
@@ -787,11 +793,9 @@ class LayerCache:
         if _kernels_fit(q):
             position = torch.as_tensor(self.position, device=q.device)
             return _attend_cached(q, self.kv, position.clamp(max=self.window) + self.n_chunks).view(b, h, 1, d)
-        counts = self.n_chunks.tolist() if self.max_chunks else [0]
-        seen, mask = min(self.position, self.window) + max(counts), None
-        if min(counts) != max(counts):
-            lengths = seen - max(counts) + self.n_chunks[:, None]
-            mask = (torch.arange(seen, device=q.device) < lengths)[:, None, None]  # (b, 1, 1, seen)
+        lengths = self.n_chunks[:, None] + min(self.position, self.window)        # (b, 1) slots in use
+        least, seen = (int(x) for x in lengths.aminmax())
+        mask = None if least == seen else (torch.arange(seen, device=q.device) < lengths)[:, None, None]   # (b, 1, 1, seen)
         out = F.scaled_dot_product_attention(q, *self.kv[:, :, :, :seen], attn_mask=mask)
         return out.view(b, h, 1, d)
 
@@ -815,8 +819,8 @@ def sample(logits: Tensor, temperature: float, top_k: Optional[int], top_p: Opti
     """logits (b, vocab_size) -> token ids (b, 1) int64; the options are those of Attamba.stream."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits, ids = (logits / temperature).sort(-1, descending=True)
-    probs = logits.softmax(-1)
+    logits, ids = logits.sort(-1, descending=True)
+    probs = ((logits - logits[:, :1]) / temperature).softmax(-1)
     if top_k is not None:
         probs[:, top_k:] = 0
     if top_p is not None:  # drop a token when the likelier ones already hold top_p

@@ -555,6 +555,17 @@ def test_full_and_foreign_caches():
         model.new_cache(1, 0)
 
 
+@pytest.mark.parametrize("n", [1, 10])
+def test_a_mask_may_take_the_entries_that_the_rule_needs(n):
+    """Room for what the rule can need is no room for it after a mask with more chunk ends: refused, not overrun."""
+    model, tokens = Attamba(small(chunk_size=8, leading_tokens=4)), torch.randint(19, (1, 64))
+    cache = model.new_cache(1, 64)
+    model(tokens[:, :20], boundaries=torch.arange(20)[None] < 7, cache=cache)     # 7 entries, and there are 7
+    with pytest.raises(ValueError, match="max_chunks is 7"):
+        for part in tokens[:, 20:].split(n, 1):
+            model(part, cache=cache)
+
+
 def test_a_layer_alone_decodes():
     """As in somebody else's model: its own cache, with RoPE or without."""
     tables = attamba.rope_angles(0, 20, 8, 1e4, "cpu")
@@ -586,6 +597,7 @@ def test_a_layer_alone_decodes():
 def test_generate():
     model, prompt = model_of(small(), torch.float32), torch.randint(19, (2, 9))
     greedy = model.generate(prompt, 20, temperature=0)
+    assert torch.equal(greedy, model.generate(prompt, 20, temperature=1e-40))
     expected = prompt
     for _ in range(20):  # without a cache
         expected = torch.cat([expected, model(expected)[:, -1].argmax(-1, keepdim=True)], 1)
