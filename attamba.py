@@ -572,11 +572,11 @@ def ssm_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
                                                       = 0                                 otherwise
 
     It is done inside blocks of q tokens, then once more for the states between the blocks. A boundary is a zero in M,
-    never a large negative number in a sum. block (q) changes the speed only; the default, some sqrt(l) / 2, was measured best.
+    never a large negative number in a sum. block (q) changes the speed only; the default, about sqrt(l) / 2, was measured best.
     """
     (b, l, H, p), (g, n) = u.shape, B.shape[2:]
     q, dtype = block or (64 if u.is_cuda else 16), torch.promote_types(u.dtype, torch.float32)
-    while block is None and 4 * q * q < l:
+    while block is None and 8 * q * q < l:
         q *= 2
     q = l if l < q else q
     if boundaries is None:
@@ -1318,7 +1318,7 @@ def _replay(model: Attamba, tokens: Tensor, cache: Cache) -> Tensor:
         return model._run(tokens, [None] * len(layers), cache)
     if cache.graph == "next":
         graph, inputs, clock = torch.cuda.CUDAGraph(), tokens.clone(), torch.tensor(position, device=tokens.device)
-        fixed, masks = model.config.chunking != "random", [None] * len(layers)
+        fixed, masks, grid = model.config.chunking != "random", [None] * len(layers), None
         if fixed:  # then one comparison says which layers end a chunk
             grid = torch.tensor([(int(a.first), a.config.chunk_size or NEVER) for a in layers], device=tokens.device)
             first, step = grid.T[..., None, None]                                 # (layers, 1, 1) each
@@ -1329,8 +1329,8 @@ def _replay(model: Attamba, tokens: Tensor, cache: Cache) -> Tensor:
             for layer in cache.layers:
                 layer.position = clock
             logits = model._run(inputs, masks, cache)
-        cache.graph = graph, inputs, clock, logits
-    graph, inputs, clock, logits = cache.graph
+        cache.graph = graph, inputs, clock, logits, grid                          # all that it reads must be kept
+    graph, inputs, clock, logits, _ = cache.graph
     inputs.copy_(tokens)
     clock.fill_(position)
     graph.replay()
