@@ -700,9 +700,9 @@ class LayerCache:
     only if it ended a chunk. So what a query sees is always a prefix of the slots."""
 
     def __init__(self, attention: AttambaAttention, batch_size: int, max_len: int, max_chunks: Optional[int] = None):
-        for name, value, least in (("batch_size", batch_size, 1), ("max_len", max_len, 1), ("max_chunks", max_chunks or 0, 0)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, but it is {value}")
+        _require("batch_size", batch_size, batch_size >= 1, "at least 1")
+        _require("max_len", max_len, max_len >= 1, "at least 1")
+        _require("max_chunks", max_chunks, max_chunks is None or max_chunks >= 0, "at least 0, or None")
         c, b, L, weight = attention.config, batch_size, attention.config.leading_tokens, attention.wq.weight
         like = dict(dtype=weight.dtype, device=weight.device)
         self.config, self.max_len, self.position = c, max_len, 0                   # position: tokens seen so far
@@ -831,11 +831,15 @@ def sample(logits: Tensor, temperature: float, top_k: Optional[int], top_p: Opti
 # ---------------------------------------------------------------------------------------
 # Which input is refused?
 
+def _require(name, value, ok, allowed):
+    if not ok:
+        raise ValueError(f"{name} must be {allowed}, but it is {value!r}")
+
+
 def _fill_and_check(c):
     """Fill in what is None by default; ValueError for what is out of range."""
     def check(name, ok, allowed):
-        if not ok:
-            raise ValueError(f"{name} must be {allowed}, but it is {getattr(c, name)!r}")
+        _require(name, getattr(c, name), ok, allowed)
 
     def check_ints(names, least=1, none=False):
         for name in names.split():
@@ -892,12 +896,10 @@ def _check_mask(mask, rows, length, name="boundaries"):
 
 
 def _check_sampling(max_new_tokens, temperature, top_k, top_p):
-    for name, value, ok in (("max_new_tokens", max_new_tokens, max_new_tokens >= 0),
-                            ("temperature", temperature, temperature >= 0),
-                            ("top_k", top_k, top_k is None or top_k >= 1),
-                            ("top_p", top_p, top_p is None or 0 < top_p <= 1)):
-        if not ok:
-            raise ValueError(f"{name} is out of range: {value!r}")
+    _require("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "at least 0")
+    _require("temperature", temperature, temperature >= 0, "at least 0")
+    _require("top_k", top_k, top_k is None or top_k >= 1, "at least 1, or None")
+    _require("top_p", top_p, top_p is None or 0 < top_p <= 1, "in (0, 1], or None")
 
 
 # ---------------------------------------------------------------------------------------
