@@ -8,6 +8,7 @@ by hand; save and load. Tests that need a GPU skip themselves.
 """
 import copy
 import doctest
+import gc
 import gzip
 import hashlib
 import io
@@ -23,10 +24,14 @@ import sys
 import textwrap
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import attamba
 import train_tiny
@@ -999,6 +1004,31 @@ def test_public_names_have_docstrings():
     for name, thing in vars(attamba).items():
         if getattr(thing, "__module__", "") == "attamba" and not name.startswith("_"):
             assert thing.__doc__, name
+
+
+@pytest.mark.parametrize("chunking", ["cyclic", "random"])
+def test_a_recorded_step_keeps_what_it_reads(chunking, monkeypatch):
+    """A CUDA graph knows addresses, not tensors: what it reads must live as long as the cache. Recorded on a CPU here."""
+    read, made = {}, set()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            storages = [[t.untyped_storage() for t in tree_leaves(x) if isinstance(t, torch.Tensor)] for x in ((args, kwargs), out)]
+            read.update({s._cdata: StorageWeakRef(s) for s in storages[0] if s._cdata not in made})
+            made.update(s._cdata for s in storages[1] if s._cdata not in read)
+            return out
+
+    for name, fake in dict(graph=lambda graph: Recorder(), CUDAGraph=lambda: SimpleNamespace(replay=lambda: None), synchronize=lambda: None).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(attamba, "_graph_fits", lambda model, tokens, cache: cache.position > 0)
+    model, tokens = Attamba(small(chunking=chunking)), torch.randint(19, (2, 8))
+    cache = model.new_cache(2, 20)
+    for part in tokens.split([5, 1, 1, 1], 1):
+        model(part, cache=cache)
+    del part
+    gc.collect()
+    assert len(read) > len(list(model.parameters())) and not any(storage.expired() for storage in read.values())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
