@@ -513,15 +513,15 @@ def chunk_conv(x: Tensor, weight: Tensor, boundaries: Optional[Tensor] = None, t
     k, l, ones = len(weight), x.shape[1], (1,) * (x.dim() - 2)
     past = F.pad(x, (0, 0) * len(ones) + (k - 1, 0)) if tail is None else torch.cat([tail.to(x.dtype), x], 1)
     y, same = weight[0] * x, True                                                 # past: (b, k-1+l, *c)
-    inner = None if boundaries is None else ~F.pad(boundaries, (k - 1, 0))        # where no chunk ends; none in the tail
+    goes_on = None if boundaries is None else ~F.pad(boundaries, (k - 1, 0))      # where no chunk ends; none in the tail
     for j in range(1, k):
         term = weight[j] * past[:, k - 1 - j:k - 1 - j + l]                       # x_{t-j}
         if boundaries is not None:  # t-j lies in t's chunk if none of t-j ... t-1 ends one
-            same = same & inner[:, k - 1 - j:k - 1 - j + l]
+            same = same & goes_on[:, k - 1 - j:k - 1 - j + l]
             term = term * same.view(*same.shape, *ones)
         y = y + term
     if tail is not None:  # of the last inputs, those after the last boundary
-        since = inner[:, l:].flip(1).cumprod(1).flip(1)
+        since = goes_on[:, l:].flip(1).cumprod(1).flip(1)
         tail = past[:, l:] * since.view(*since.shape, *ones)
     return y.to(x.dtype), tail
 
@@ -707,7 +707,7 @@ class LayerCache:
         like = dict(dtype=weight.dtype, device=weight.device)
         self.config, self.max_len, self.position = c, max_len, 0                   # position: tokens seen so far
         self.window = W = max_len if L is None else min(L + 1, max_len)
-        self.rule_fits = max_chunks is None            # then it suffices for max_len tokens cut by config.chunking
+        self.rule_fits = max_chunks is None            # enough for max_len tokens cut by config.chunking, while no mask is used
         if max_chunks is None:  # only a token that has left the window needs an entry
             max_chunks = max_len - W if callable(c.chunking) else int(attention.boundaries(max_len - W, device="cpu").sum())
         self.max_chunks = max_chunks
@@ -1320,14 +1320,13 @@ def _replay(model: Attamba, tokens: Tensor, cache: Cache) -> Tensor:
         return model._run(tokens, [None] * len(layers), cache)
     if cache.graph == "next":
         graph, inputs, clock = torch.cuda.CUDAGraph(), tokens.clone(), torch.tensor(position, device=tokens.device)
-        fixed, masks, grid = model.config.chunking != "random", [None] * len(layers), None
-        if fixed:  # then one comparison says which layers end a chunk
+        masks, grid = [None] * len(layers), None
+        if model.config.chunking != "random":  # then one comparison says which layers end a chunk
             grid = torch.tensor([(int(a.first), a.config.chunk_size or NEVER) for a in layers], device=tokens.device)
-            first, step = grid.T[..., None, None]                                 # (layers, 1, 1) each
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
-            if fixed:
-                masks = list((clock - first) % step == 0)
+            if grid is not None:
+                masks = list((clock - grid[:, :1, None]) % grid[:, 1:, None] == 0)                    # (1, 1) each
             for layer in cache.layers:
                 layer.position = clock
             logits = model._run(inputs, masks, cache)

@@ -257,7 +257,7 @@ def test_float32_error_of_a_chunk_of_20000_tokens(low, high, bound, block):
 
 
 @pytest.mark.parametrize("dtype, length, tolerance", [
-    (torch.float32, 50_000, 1e-6), (torch.bfloat16, 20_000, 1e-2)])              # measured 1.1e-7, 2.5e-3
+    (torch.float32, 100_000, 1e-6), (torch.bfloat16, 20_000, 1e-2)])              # measured 1.1e-7, 2.5e-3
 @pytest.mark.parametrize("bias, A_log", [(50.0, 5.0), (-40.0, 0.0)])
 def test_a_model_that_forgets_at_once_or_never(bias, A_log, dtype, length, tolerance):
     model, tokens = Attamba(small(n_layers=1, chunk_size=None)), torch.randint(19, (1, length))

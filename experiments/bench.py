@@ -1,9 +1,9 @@
 """Speed and memory of Attamba against the transformer of the same shape, in one run.
 
-    python experiments/bench.py            # on a GPU: some 3 minutes; on a CPU: some 5 minutes
+    python experiments/bench.py            # on a GPU: some 4 minutes; on a CPU: some 3 minutes
     python experiments/bench.py --quick    # short lengths only
     python experiments/bench.py --only training,decode
-    python experiments/bench.py --only profile   # where the time goes: kernels of a step and of attention, compilation
+    python experiments/bench.py --only profile   # where the time goes: kernels of training, attention, prefill and decoding
 
 The transformer is the same code with kv="linear", leading_tokens=None; its attention is PyTorch's
 scaled_dot_product_attention, causal, without a mask. Each figure is a median over repeats after warm-up,
@@ -148,10 +148,13 @@ def released(quick):
         yield f"against the released way: {name}", unit, {"transformer": slow["attamba"], **fast}, {}
 
 
-def attention_calls(length, total, P=P, L=L):
-    """One call of attention, forward and backward, on `total` tokens in sequences of `length`: by full attention, by attend"""
+ATTENTION_LENGTHS, ATTENTION_TOKENS = ([1024, 4096, 16384, 65536], 65536) if GPU else ([256, 4096, 16384], 16384)
+
+
+def attention_calls(length, P=P, L=L):
+    """One call of attention, forward and backward, on sequences of `length`: by full attention, by attend"""
     heads, d = SIZES["n_heads"], SIZES["dim"] // SIZES["n_heads"]
-    q, k, v, g = (torch.randn(total // length, length, heads, d, device=DEVICE, dtype=torch.bfloat16 if GPU else torch.float32)
+    q, k, v, g = (torch.randn(ATTENTION_TOKENS // length, length, heads, d, device=DEVICE, dtype=torch.bfloat16 if GPU else torch.float32)
                   .transpose(1, 2).requires_grad_() for _ in range(4))
     first = P - 1 if P else attamba.NEVER
     ends, first = ((torch.arange(length, device=DEVICE) - first) % (P or attamba.NEVER) == 0)[None], torch.tensor(first, device="cpu")
@@ -159,13 +162,10 @@ def attention_calls(length, total, P=P, L=L):
             "attamba": lambda: torch.autograd.grad(attend(q, k, v, ends, L, P, first), (q, k, v), g)}
 
 
-ATTENTION_LENGTHS, ATTENTION_TOKENS = ([1024, 4096, 16384, 65536], 65536) if GPU else ([256, 4096, 16384], 16384)
-
-
 def attention(quick):
     for length in ATTENTION_LENGTHS[:(2 if GPU else 1) if quick else None]:
         calls = 10 if GPU else 1  # in a row, as in training: the GPU then waits for nobody
-        rows = {n: lambda one=one: [one() for _ in range(calls)] for n, one in attention_calls(length, ATTENTION_TOKENS).items()}
+        rows = {n: lambda one=one: [one() for _ in range(calls)] for n, one in attention_calls(length).items()}
         seconds = clock(rows, 3 if quick or not GPU else 7, 2)
         yield f"attention alone, forward and backward, S {length}", "ms", {n: s * 1e3 / calls for n, s in seconds.items()}, {}
 
@@ -210,9 +210,9 @@ def profile(quick):
         steps[name]()
     yield kernel_times(f"a training step, S {length}", steps)
     for length in ATTENTION_LENGTHS[:1 if quick else None]:
-        yield kernel_times(f"attention, S {length}", attention_calls(length, ATTENTION_TOKENS))
+        yield kernel_times(f"attention, S {length}", attention_calls(length))
         if GPU:  # the same kernels at the transformer's work: what is lost to their rate
-            window = attention_calls(length, ATTENTION_TOKENS, None, length - 2)               # all keys but one
+            window = attention_calls(length, None, length - 2)               # all keys but one
             yield kernel_times(f"attention, S {length}, a window of {length - 2} in place of chunks", window)
     if not quick:
         length, batch = (131072, 64) if GPU else (16384, 1)
@@ -240,26 +240,26 @@ def pretend(model, cache, context):
 
 
 def decode_calls(batch, context):
-    """Five steps each of cached models that have seen `context` tokens, their caches and the bytes these took."""
-    token, steps, caches, taken = torch.zeros(batch, 1, dtype=torch.long, device=DEVICE), {}, {}, {}
+    """Five steps each of cached models that have seen `context` tokens; the bytes of their caches; those a step reads."""
+    token, steps, taken, read = torch.zeros(batch, 1, dtype=torch.long, device=DEVICE), {}, {}, {}
     for name, options in MODELS.items():
         model = build(torch.bfloat16 if GPU else None, **options)
         before = torch.cuda.memory_allocated() if GPU else 0
-        caches[name] = cache = model.new_cache(batch, context + 200)
+        cache = model.new_cache(batch, context + 200)
         taken[name] = torch.cuda.memory_allocated() - before if GPU else cache.nbytes
+        read[name] = sum(p.numel() * p.element_size() for p in model.parameters()) + cache.nbytes * context / (context + 200)
         pretend(model, cache, context)
         steps[name] = lambda model=model, cache=cache: [model(token, cache=cache) for _ in range(5)]
-    return steps, caches, taken
+    return steps, taken, read
 
 
 def decode(quick):
     for batch, context in ([(1, 1024), (64, 32768)] if GPU else [(1, 1024), (1, 8192), (1, 32768)])[:1 if quick else None]:
-        (steps, caches, taken), row = decode_calls(batch, context), {}
+        (steps, taken, read), row = decode_calls(batch, context), {}
         seconds = clock(steps, 7)
-        for name, options in MODELS.items():  # a step reads the weights and the cache once
-            weights = sum(p.numel() for p in build(**options).parameters()) * (2 if GPU else 4)
+        for name in MODELS:
             row[f"{name} cache bytes"] = taken[name]
-            row[f"{name} % of bandwidth"] = 100 * (weights + caches[name].nbytes * context / (context + 200)) / (seconds[name] / 5) / RATES["copy_gb_s"] / 1e9
+            row[f"{name} % of bandwidth"] = 100 * read[name] / (seconds[name] / 5) / RATES["copy_gb_s"] / 1e9
         yield f"decode, batch {batch}, context {context}", "tokens/s", {n: 5 * batch / s for n, s in seconds.items()}, row
 
 

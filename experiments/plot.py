@@ -42,7 +42,7 @@ def save(figure, name):
 
 
 def family(row):
-    """Which series a trained model belongs to; None for those outside the figure (tables have them)."""
+    """Which series a trained model belongs to."""
     name = row["name"].partition("-parameters=")[0]                 # a baseline with as many parameters as another row
     if "ssm" in name:
         return "other"
