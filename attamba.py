@@ -131,10 +131,14 @@ class Attamba(nn.Module):
         Raises ValueError for wrong dtypes, shapes, an empty sequence, a cache that is full or made for another model,
         IndexError for ids outside the vocabulary (not checked inside torch.compile).
         """
+        _check_tokens(self.config, tokens)
+        return self._logits(tokens, boundaries, cache)
+
+    def _logits(self, tokens, boundaries=None, cache=None):
+        """`forward` for ids known to be good: to look at them is to wait for the GPU, which while decoding then waits for Python."""
         if cache is not None and torch.is_grad_enabled():
             with torch.no_grad():
-                return self.forward(tokens, boundaries, cache)
-        _check_tokens(self.config, tokens)
+                return self._logits(tokens, boundaries, cache)
         masks = self._masks(tokens, boundaries, cache)
         if cache:  # all layers, before any of them changes
             for block, layer, mask in zip(self.blocks, cache.layers, masks):
@@ -183,10 +187,12 @@ class Attamba(nn.Module):
         cache = self.new_cache(len(tokens), tokens.shape[1] + max_new_tokens)
 
         def steps(tokens):
+            model = self                                                          # which checks the prompt
             for _ in range(max_new_tokens):
-                logits = self(tokens, cache=cache)[:, -1].float()                 # (b, vocab_size)
+                logits = model(tokens, cache=cache)[:, -1].float()                # (b, vocab_size)
                 tokens = sample(logits, temperature, top_k, top_p, generator)     # (b, 1)
                 yield tokens
+                model = self._logits                                              # its own tokens need no check
         return steps(tokens)
 
     def generate(self, tokens: Tensor, max_new_tokens: int, **options) -> Tensor:
