@@ -9,7 +9,7 @@
     python experiments/sweep.py claims --quick           # tiny shapes, to try the script on a CPU
 
 Groups: lr, claims, claims4096, smooth, english, open, open4096. Appends one line a run to experiments/results/sweep.jsonl
-and skips what is there; a run that was stopped goes on from its checkpoint when the same command is given again.
+and skips what is there with the same learning rate; a run that was stopped goes on from its checkpoint when the same command is given again.
 Corpora (Python source of this machine, English) are made on first use and kept in --work.
 """
 import argparse
@@ -234,7 +234,10 @@ def rows(shape, shrink=1):
 
 
 def family(row):
-    return "attamba" if "kv" not in row.model or "ssm" in row.model["kv"] else "window" if row.model.get("leading_tokens") is not None else "transformer"
+    """Whose learning rate a row takes. With W_K and W_V in it that of the models made of them: they bear less than SSMs alone."""
+    if row.model.get("kv", "ssm") == "ssm":
+        return "attamba"
+    return "transformer" if row.model.get("leading_tokens") is None else "window"
 
 
 def learning_rates(results):
@@ -306,7 +309,7 @@ def run(row, seed, text, options, keep, lr, commit):
 
 
 def key(line):
-    return tuple(line[k] for k in ("name", "corpus", "tokens", "seed", "seq_len"))
+    return *(line[k] for k in ("name", "corpus", "tokens", "seed", "seq_len")), line["config"]["lr"]
 
 
 def main():
@@ -353,7 +356,7 @@ def main():
                               lr=row.lr or learning_rates(results)[family(row)], save_every=400,
                               eval_tokens=quick["eval_tokens"])
         tokens = steps * rows_a_step * row.seq_len
-        ident = (row.name, text.fingerprint, tokens, seed, row.seq_len)
+        ident = (row.name, text.fingerprint, tokens, seed, row.seq_len, options.lr)
         if ident in map(key, results):
             continue
         options.out = str(a.work / "runs" / re.sub(r"[^\w=.-]", "_", "-".join(map(str, ident))))
@@ -386,9 +389,11 @@ def show(wanted, results):
     for row in wanted:
         config = AttambaConfig(vocab_size=VOCAB, **row.model)
         entries, nbytes = (float("nan"), 0) if row.chunk_mean else kv_cost(config, row.seq_len, row.variant)
-        done = [f"{r['seed']}: {r['perplexity'] or float('nan'):.3f}" for r in results if (r["name"], r["seq_len"], r["group"]) == (row.name, row.seq_len, row.group)]
+        rate = row.lr or rates[family(row)]
+        done = [f"{r['seed']}: {r['perplexity'] or float('nan'):.3f}" + f" at {r['config']['lr']:g}" * (r["config"]["lr"] != rate)
+                for r in results if (r["name"], r["seq_len"], r["group"]) == (row.name, row.seq_len, row.group)]
         print(f"{row.group:<11}{row.name:<34}{row.seq_len:>6}{parameters(config):>12,}{entries:>9.1f}{nbytes:>12,}   "
-              f"{', '.join(done) or '-':<26}{row.lr or rates[family(row)]:g}")
+              f"{', '.join(done) or '-':<26}{rate:g}")
 
 
 if __name__ == "__main__":
