@@ -325,6 +325,7 @@ def main():
     parser.add_argument("--results", type=Path, help="default: experiments/results/sweep.jsonl (--quick: in --work)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no row that would end later")
     parser.add_argument("--steps", type=int, help="in place of 2136")
+    parser.add_argument("--lr", type=float, help="in place of the family's, which the group lr decides")
     parser.add_argument("--commit", help="default: asks git")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
     parser.add_argument("--quick", action="store_true", help="tiny shapes")
@@ -353,7 +354,7 @@ def main():
         rows_a_step = max(1, quick["tokens_per_step"] // row.seq_len)
         steps = max(1, round((a.steps or quick["steps"]) * row.part))
         options = TrainConfig(device=device, steps=steps, batch_size=rows_a_step, seq_len=row.seq_len, warmup=min(100, steps // 10), seed=seed,
-                              lr=row.lr or learning_rates(results)[family(row)], save_every=400,
+                              lr=row.lr or a.lr or learning_rates(results)[family(row)], save_every=400,
                               eval_tokens=quick["eval_tokens"])
         tokens = steps * rows_a_step * row.seq_len
         ident = (row.name, text.fingerprint, tokens, seed, row.seq_len, options.lr)
