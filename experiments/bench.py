@@ -30,6 +30,7 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 RATES = {}                           # measured at the start
 SIZES = dict(vocab_size=8192, dim=512, n_layers=8, n_heads=8) if GPU else dict(vocab_size=256, dim=128, n_layers=4, n_heads=4)
 P, L = 8, 64
+STEPS = 20                           # of decoding, in one measurement
 MODELS = {"transformer": dict(kv="linear", leading_tokens=None), "attamba": dict(chunk_size=P, leading_tokens=L, ssm_state=32)}
 STATE128 = {**MODELS, "attamba": dict(MODELS["attamba"], ssm_state=128)}
 
@@ -237,9 +238,6 @@ def pretend(model, cache, context):
     for block, layer in zip(model.blocks, cache.layers):
         layer.position = context
         layer.n_chunks.fill_(int(block.attention.boundaries(max(0, context - layer.window)).sum()))
-
-
-STEPS = 20
 
 
 def decode_calls(batch, context):
