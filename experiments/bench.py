@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,15 +61,15 @@ def build(dtype=None, **options):
 
 
 class Training:
-    """One optimiser step; on a GPU in bf16 autocast, block and loss compiled."""
+    """One optimiser step; on a GPU in bf16 autocast, loss and blocks (or the whole model) compiled."""
 
-    def __init__(self, options, tokens):
-        self.model, self.tokens = build(**options), tokens
+    def __init__(self, model, tokens, whole=False):
+        self.model, self.tokens = model, tokens
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
         self.loss = torch.compile(self.loss_of) if GPU else self.loss_of
         if GPU:
-            for block in self.model.blocks:
-                block.compile(fullgraph=True, options={"comprehensive_padding": False})  # as train_tiny.py does
+            for part in [model] if whole else model.blocks:
+                part.compile(fullgraph=True, options={"comprehensive_padding": False})  # as train_tiny.py does
 
     @staticmethod
     def loss_of(logits, targets):
@@ -92,7 +93,7 @@ def training(quick, models=MODELS, lengths=None, note=""):
             if GPU:
                 torch._dynamo.reset()
                 torch.cuda.empty_cache()
-            step = Training(options, tokens)
+            step = Training(build(**options), tokens)
             begin = time.perf_counter()
             step()
             sync()
@@ -125,6 +126,48 @@ def operations(options, length):
 
 def state128(quick):
     yield from training(quick, STATE128, [1024, 8192] if GPU else [256], ", state 128")
+
+
+class NanoBlock(nn.Module):
+    """A block as in nanoGPT (github.com/karpathy/nanoGPT): LayerNorm, one matrix for q, k and v, GELU. Its MLP has as
+    many weights as our SwiGLU. Written here from its description; none of its code."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads, hidden = heads, dim * 9 // 2
+        self.norm1, self.norm2 = nn.LayerNorm(dim, bias=False), nn.LayerNorm(dim, bias=False)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.up, self.down = nn.Linear(dim, hidden, bias=False), nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class NanoGPT(nn.Module):
+    def __init__(self, length):
+        super().__init__()
+        dim, vocabulary = SIZES["dim"], SIZES["vocab_size"]
+        self.embed, self.positions = nn.Embedding(vocabulary, dim), nn.Parameter(0.02 * torch.randn(length, dim))
+        self.blocks = nn.Sequential(*(NanoBlock(dim, SIZES["n_heads"]) for _ in range(SIZES["n_layers"])))
+        self.norm, self.head = nn.LayerNorm(dim, bias=False), nn.Linear(dim, vocabulary, bias=False)
+
+    def forward(self, tokens):
+        return self.head(self.norm(self.blocks(self.embed(tokens) + self.positions)))
+
+
+def nanogpt(quick):
+    """Is the transformer that all is compared with as fast as one should be? Training, against a model as nanoGPT
+    builds it: no RoPE and no gate, so fewer elementwise operations, and compiled as a whole."""
+    for length in ([1024, 8192] if GPU else [256, 4096])[:1 if quick else None]:
+        tokens = torch.randint(SIZES["vocab_size"], ((65536 if GPU else 4096) // length, length), device=DEVICE)
+        torch._dynamo.reset()
+        steps = {"transformer": Training(NanoGPT(length).to(DEVICE), tokens, whole=True),
+                 "attamba": Training(build(**MODELS["transformer"]), tokens)}
+        seconds = clock({n: lambda step=step: [step() for _ in range(3)] for n, step in steps.items()}, 3 if quick else 7)
+        yield (f"nanoGPT's way (left), our transformer (right), S {length}", "tokens/s",
+               {n: 3 * tokens.numel() / s for n, s in seconds.items()}, {})
 
 
 def released(quick):
@@ -200,7 +243,7 @@ def profile(quick):
     tokens, steps = torch.randint(SIZES["vocab_size"], (total // length, length), device=DEVICE), {}
     for name, options in MODELS.items():
         torch._dynamo.reset()
-        steps[name] = Training(options, tokens)
+        steps[name] = Training(build(**options), tokens)
         begin = time.perf_counter()
         steps[name]()
         sync()
@@ -284,7 +327,7 @@ def roofline():
 
 
 def main():
-    sections = dict(training=training, state128=state128, released=released, attention=attention, prefill=prefill, decode=decode, cache=cache, profile=profile)
+    sections = dict(training=training, state128=state128, nanogpt=nanogpt, released=released, attention=attention, prefill=prefill, decode=decode, cache=cache, profile=profile)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", default=",".join(s for s in sections if s != "profile" and (GPU or s != "released")), help="comma-separated: " + ", ".join(sections))

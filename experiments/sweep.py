@@ -201,6 +201,9 @@ def rows(shape, shrink=1):
     add("open", "transformer-parameters=ssm-keep", equal_parameters(keep))                  # what the SSMs' parameters would do elsewhere
     layout = equal_layers(main, s1, lambda L: whole(L, None), kv="linear")
     add("open", "one-full-layer-rest-window-parameters=ssm-keep", lambda: dict(layout(), hidden_dim=equal_parameters(keep)()["hidden_dim"]))
+    few = dict(n_kv_heads=max(1, shape["n_heads"] // 4))                                    # as many entries, a quarter of the bytes
+    add("open", "one-full-layer-rest-window-gqa", lambda: dict(layout(), **few))
+    add("open", "one-full-layer-rest-window-ssm-keep-gqa", lambda: dict(equal_layers(main, s1, whole, kv="linear+ssm")(), **few))
     add("open", "full-attention-ssm-keep", dict(keep, leading_tokens=None))                 # and the SSMs without a smaller cache
     for kv, note in (("linear+ssm", "-keep"), ("ssm", "")):
         layered("one-full-layer-rest-window-ssm" + note, whole, kv=kv)
