@@ -692,9 +692,8 @@ def rope_angles(start: int, length: int, head_dim: int, theta: float, device) ->
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the channel pairs (i, i + head_dim / 2) of x (b, l, heads, head_dim) by the angles (l, head_dim) [3]."""
-    half = x.shape[-1] // 2
-    sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)                      # the partner's part: minus for the left
-    return torch.addcmul(x * cos.unsqueeze(-2), x.roll(half, -1), sin.unsqueeze(-2))
+    left, right = x.chunk(2, -1)
+    return x * cos.unsqueeze(-2) + torch.cat([-right, left], -1) * sin.unsqueeze(-2)
 
 
 # ---------------------------------------------------------------------------------------
