@@ -62,6 +62,28 @@ def with_gradients(function, inputs, weights):
     return [*outputs, *torch.autograd.grad(loss, [x for x in inputs if x is not None])]
 
 
+def results(model, tokens, weights, mask=None, autocast=False):
+    """Logits, and the gradients of a fixed weighting of them with respect to each parameter: float64, on the CPU."""
+    device = next(model.parameters()).device
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        logits = model(tokens.to(device), None if mask is None else mask.to(device))
+    grads = torch.autograd.grad((logits.double() * weights.to(device)).sum(), model.parameters())
+    return [x.detach().cpu().double() for x in (logits, *grads)]
+
+
+def in_calls(model, tokens, sizes, **options):
+    """The outputs of cached calls of these sizes, one after the other."""
+    with torch.no_grad():
+        cache = model.new_cache(*tokens.shape[:2])
+        return torch.cat([model(part, cache=cache, **options) for part in tokens.split(sizes, 1)], 1)
+
+
+def refuses(function, why, *bad, error=ValueError):
+    for x in bad:
+        with pytest.raises(error, match=why):
+            function(x)
+
+
 def small(**changes):
     base = dict(vocab_size=19, dim=16, n_layers=2, n_heads=2, ssm_state=4, chunk_size=4, leading_tokens=3)
     return AttambaConfig(**{**base, **changes})
@@ -109,22 +131,17 @@ def test_parallel_scan_is_the_recurrence(length, share):
             close(fast, slow, 1e-9)
 
 
-def test_the_state_after_a_boundary_is_zero():
-    u, dt, B = torch.randn(1, 6, 2, 3), torch.rand(1, 6, 2), torch.randn(1, 6, 1, 4)
-    boundaries = torch.tensor([[0, 0, 1, 0, 0, 1]]).bool()
-    for scan in (ssm_scan, ssm_scan_ref):
-        assert scan(u, dt, -torch.ones(2), B, B, torch.ones(2), boundaries)[1].abs().max() == 0
-
-
 def test_chunks_are_independent_sequences():
     """A scan with boundaries equals separate scans of each chunk (the released code mixed other tokens)."""
     u, dt, B, C = torch.randn(1, 12, 2, 3), torch.rand(1, 12, 2), torch.randn(1, 12, 1, 4), torch.randn(1, 12, 1, 4)
     boundaries = torch.zeros(1, 12).bool()
-    boundaries[0, [2, 8]] = True
-    whole = ssm_scan(u, dt, -torch.ones(2), B, C, torch.ones(2), boundaries)[0]
-    parts = [ssm_scan(u[:, s], dt[:, s], -torch.ones(2), B[:, s], C[:, s], torch.ones(2))[0]
-             for s in (slice(0, 3), slice(3, 9), slice(9, 12))]
-    close(whole, torch.cat(parts, 1), 1e-6)
+    boundaries[0, [2, 8, 11]] = True
+    for scan in (ssm_scan, ssm_scan_ref):
+        whole, state = scan(u, dt, -torch.ones(2), B, C, torch.ones(2), boundaries)
+        parts = [scan(u[:, s], dt[:, s], -torch.ones(2), B[:, s], C[:, s], torch.ones(2))[0]
+                 for s in (slice(0, 3), slice(3, 9), slice(9, 12))]
+        close(whole, torch.cat(parts, 1), 1e-6)
+        assert state.abs().max() == 0                                             # the last token ends a chunk
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 17])
@@ -197,21 +214,15 @@ def check(function, inputs):
     assert torch.autograd.gradcheck(function, inputs, atol=1e-6, rtol=1e-5)
 
 
-def test_gradcheck_scan_and_convolution():
+def test_gradcheck_of_the_definitions():
+    """What the fast ways of computing are held to, gradients too; attention for the last queries, as on top of a cache."""
     boundaries = torch.tensor([[0, 1, 0, 0, 0]]).bool()
     u, dt, A, B, C, D, h = randoms((1, 5, 2, 2), (1, 5, 2), (2,), (1, 5, 1, 2), (1, 5, 1, 2), (2,), (1, 2, 2, 2))
-    for scan in (ssm_scan_ref, lambda *inputs: ssm_scan(*inputs, block=2), ssm_scan):
-        check(lambda u, dt, A, B, C, D, h: scan(u, dt.exp(), -A.exp(), B, C, D, boundaries, h), (u, dt, A, B, C, D, h))
+    check(lambda u, dt, A, B, C, D, h: ssm_scan_ref(u, dt.exp(), -A.exp(), B, C, D, boundaries, h), (u, dt, A, B, C, D, h))
     x, weight, tail = randoms((1, 5, 2), (3, 2), (1, 2, 2))
     check(lambda x, w, tail: chunk_conv(x, w, boundaries, tail), (x, weight, tail))
-
-
-@pytest.mark.parametrize("first, rows", [(torch.tensor(1), 9), (None, 9), (None, 4)])
-def test_gradcheck_attention(first, rows):
-    """Folded, gathered, and for the last queries alone, as on top of a cache."""
-    q, k, v = randoms((1, 2, rows, 2), (1, 1, 9, 2), (1, 1, 9, 2))
-    boundaries = ((torch.arange(9) + 1) % 2 == 0)[None]
-    check(lambda q, k, v: attend(q, k, v, boundaries, 1, 2, first), (q, k, v))
+    q, k, v = randoms((1, 2, 3, 2), (1, 1, 5, 2), (1, 1, 5, 2))
+    check(lambda q, k, v: attend_ref(q, k, v, boundaries, 1), (q, k, v))
 
 
 @pytest.mark.parametrize("kv, ragged", [("ssm", False), ("ssm", True), ("linear+ssm", False)])
@@ -331,22 +342,18 @@ def check_case(seed):
         def tables(*arguments):  # RoPE's from the CPU: float32, and a GPU's sine has another last bit
             return [t.to(arguments[-1]) for t in rope_angles(*arguments[:-1], "cpu")]
 
-        def run(model, device="cpu"):
-            logits = model(tokens.to(device), None if mask is None else mask.to(device))
-            grads = torch.autograd.grad((logits * weights.to(device, logits.dtype)).sum(), model.parameters())
-            return [x.detach().cpu().double() for x in (logits, *grads)]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(attamba, "attend", attend_ref)
             patch.setattr(attamba, "ssm_scan", ssm_scan_ref)
-            slow = run(exact)
-        fast, tolerance = run(model), TOLERANCE[dtype]
+            slow = results(exact, tokens, weights, mask)
+        fast, tolerance = results(model, tokens, weights, mask), TOLERANCE[dtype]
         others = [fast]
         if seed % 50 == 3:
-            others.append(run(compiled(model)))
+            others.append(results(compiled(model), tokens, weights, mask))
         if torch.cuda.is_available():
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(attamba, "rope_angles", tables)
-                others.append(run(copy.deepcopy(model).cuda(), "cuda"))
+                others.append(results(copy.deepcopy(model).cuda(), tokens, weights, mask))
         for way in others:
             allowed = tolerance if way is fast else max(tolerance, 1e-7)
             close(way[0], slow[0], allowed)
@@ -362,6 +369,7 @@ def check_case(seed):
                 outputs.append(model(tokens[:, part], None if mask is None else mask[:, part], cache=cache))
                 done = part.stop
         assert cache.position == length
+        assert all(layer.h is None or layer.h.dtype == torch.promote_types(dtype, torch.float32) for layer in cache.layers)
         close(torch.cat(outputs, 1).double(), slow[0], tolerance)
     except Exception as e:
         raise AssertionError(f"{e}\n{case}") from e
@@ -377,12 +385,9 @@ def test_step_equals_forward_at_every_length(chunking):
     """The most reported fault of SSM code: steps that differ from forward, seen with non-zero states."""
     model = model_of(small(chunking=chunking, n_layers=3))
     tokens = torch.randint(19, (2, 30))
-    with torch.no_grad():
-        for prefill in range(1, 14):
-            cache = model.new_cache(2, 30)
-            outputs = [model(tokens[:, :prefill], cache=cache)]
-            outputs += [model(tokens[:, t:t + 1], cache=cache) for t in range(prefill, 30)]
-            close(torch.cat(outputs, 1), model(tokens), 1e-9)
+    whole = model(tokens)
+    for prefill in range(1, 14):
+        close(in_calls(model, tokens, [prefill] + [1] * (30 - prefill)), whole, 1e-9)
 
 
 @pytest.mark.parametrize("chunking", ["uniform", "cyclic", "random", modulo_rule])
@@ -393,8 +398,6 @@ def test_a_prefix_does_not_depend_on_what_follows(chunking):
     whole = model(tokens)
     for length in range(1, 40):
         close(model(tokens[:, :length]), whole[:, :length], 1e-9)
-        other = torch.cat([tokens[:, :length], torch.randint(19, (1, 40 - length))], 1)
-        close(model(other)[:, :length], whole[:, :length], 1e-9)
 
 
 def test_rows_of_a_batch_are_independent():
@@ -410,19 +413,7 @@ def test_the_same_weights_at_other_P_and_L(P, L):
     other = Attamba(small(chunk_size=P, leading_tokens=L, chunking="random")).double()
     other.load_state_dict(trained.state_dict())
     tokens = torch.randint(19, (2, 40))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attamba, "attend", attend_ref)
-        expected = other(tokens)
-    close(other(tokens), expected, 1e-9)
     assert (other(tokens) - trained(tokens)).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("kv", ["ssm", "linear", "linear+ssm"])
-def test_chunks_of_one_token_are_full_attention(kv):
-    one, full = (Attamba(small(kv=kv, chunk_size=1, leading_tokens=L)).double() for L in (2, None))
-    full.load_state_dict(one.state_dict())
-    tokens = torch.randint(19, (2, 40))
-    close(one(tokens), full(tokens), 1e-9)
 
 
 def test_linear_without_limits_is_a_plain_transformer():
@@ -448,8 +439,10 @@ def test_linear_without_limits_is_a_plain_transformer():
 
 
 def test_a_transformer_is_converted_by_its_own_weights():
-    """kv="linear+ssm" with W_out = 0 starts as the strided (here: full) attention that the weights were trained for."""
-    trained, other = (Attamba(small(kv=kv, chunk_size=1)).double() for kv in ("linear", "linear+ssm"))
+    """kv="linear+ssm" with W_out = 0 starts as the strided attention that the weights were trained for. Here that is full
+    attention: chunks of one token hide nothing."""
+    trained = Attamba(small(kv="linear", leading_tokens=None)).double()
+    other = Attamba(small(kv="linear+ssm", chunk_size=1)).double()
     left = other.load_state_dict(trained.state_dict(), strict=False)
     assert not left.unexpected_keys and all(".ssm." in key for key in left.missing_keys)
     for block in other.blocks:
@@ -458,26 +451,15 @@ def test_a_transformer_is_converted_by_its_own_weights():
     close(other(tokens), trained(tokens), 1e-9)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2), ("autocast", 3e-2)])
-def test_lower_precisions(dtype, tolerance):
-    """Logits, gradients and cached calls against float64; states stay in float32."""
+def test_autocast():
+    """Logits, gradients and cached calls against float64."""
     for config in (small(), small(chunking=modulo_rule), small(chunk_size=None)):
-        autocast = dtype == "autocast"
-        tokens, weights = torch.randint(19, (2, 60)), torch.randn(2, 60, 19)
-        model = Attamba(config).to(torch.float32 if autocast else dtype)
-        exact = copy.deepcopy(model).double()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            logits = model(tokens)
-            with torch.no_grad():
-                cache = model.new_cache(2, 60)
-                parts = [model(t, cache=cache) for t in tokens.split([58, 1, 1] if autocast else [30, 1, 1, 28], 1)]
-        for output in (logits, torch.cat(parts, 1)):
-            close(output.double(), exact(tokens), tolerance)
-        assert all(layer.h.dtype == torch.float32 for layer in cache.layers)
-        for outputs in (logits, exact(tokens)):
-            (outputs.to(torch.float64) * weights).sum().backward()
-        for a, b in zip(model.parameters(), exact.parameters()):
-            close(a.grad.double(), b.grad, tolerance)
+        model, tokens, weights = Attamba(config), torch.randint(19, (2, 60)), torch.randn(2, 60, 19)
+        expected = results(copy.deepcopy(model).double(), tokens, weights)
+        for a, b in zip(results(model, tokens, weights, autocast=True), expected):
+            close(a, b, 3e-2)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            close(in_calls(model, tokens, [30, 1, 1, 28]).double(), expected[0], 3e-2)
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -489,14 +471,6 @@ def test_decays_are_float32_whatever_the_model_is(autocast, monkeypatch):
     model = Attamba(small()).to(torch.float32 if autocast else torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         model(torch.randint(19, (2, 60)))
-
-
-def test_autocast_continues_a_cache():
-    model, tokens = Attamba(small()), torch.randint(19, (2, 60))
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        cache = model.new_cache(2, 60)
-        parts = [model(t, cache=cache) for t in tokens.split([30, 30], 1)]
-    close(torch.cat(parts, 1).float(), model(tokens), 3e-2)
 
 
 def test_one_compiled_graph_serves_all_layers():
@@ -534,31 +508,19 @@ def test_the_cache_is_smaller(P, least):
     assert plain.nbytes / cache.nbytes >= least
 
 
-def test_a_long_text_fits_the_small_cache():
-    """A cache that is full-length in disguise would not decode from these allocations alone."""
-    model, tokens = model_of(small(chunk_size=8)), torch.randint(19, (1, 200))
-    with torch.no_grad():
-        cache = model.new_cache(1, 200)
-        assert all(layer.kv.shape[3] <= 4 + 25 for layer in cache.layers)
-        parts = [model(t, cache=cache) for t in tokens.split(1, 1)]
-    close(torch.cat(parts, 1), model(tokens), 1e-9)
-
-
 def test_full_and_foreign_caches():
     model = Attamba(small(chunking=modulo_rule))
     cache = model.new_cache(1, 10, max_chunks=1)
-    with pytest.raises(ValueError, match="max_len is 10"):
-        model(torch.zeros(1, 11).long(), cache=cache)
     ends = torch.zeros(1, 10).long()  # 0 % 5 == 0: every token ends a chunk in layer 0
-    with pytest.raises(ValueError, match="max_chunks is 1"):
-        model(ends, cache=cache)
+
+    def use(tokens):
+        model(tokens, cache=cache)
+    refuses(use, "max_len is 10", torch.zeros(1, 11).long())
+    refuses(use, "max_chunks is 1", ends)
     assert cache.position == 0 and all(layer.h.abs().max() == 0 for layer in cache.layers)
-    with pytest.raises(ValueError, match="batch size 1"):
-        model(torch.zeros(2, 3).long(), cache=cache)
-    with pytest.raises(ValueError, match="cache was made for"):
-        Attamba(small())(ends, cache=cache)
-    with pytest.raises(ValueError, match="max_len"):
-        model.new_cache(1, 0)
+    refuses(use, "batch size 1", torch.zeros(2, 3).long())
+    refuses(lambda other: other(ends, cache=cache), "cache was made for", Attamba(small()))
+    refuses(lambda length: model.new_cache(1, length), "max_len", 0)
 
 
 @pytest.mark.parametrize("n", [1, 10])
@@ -577,18 +539,7 @@ def test_a_layer_alone_decodes():
     tables = attamba.rope_angles(0, 20, 8, 1e4, "cpu")
     for rope in (None, False):
         layer, x = AttambaAttention(small(), 1).double(), torch.randn(2, 20, 16, dtype=torch.float64)
-        with torch.no_grad():
-            cache = layer.new_cache(2, 20)
-            parts = [layer(part, cache=cache, rope=rope) for part in x.split([7, 1, 1, 5, 6], 1)]
-            close(torch.cat(parts, 1), layer(x, rope=rope), 1e-9)
-            with pytest.raises(ValueError, match="cache is full"):
-                layer(x[:, :1], cache=cache, rope=rope)
-            with pytest.raises(ValueError, match="batch size 2"):
-                layer(x[:1, :1], cache=layer.new_cache(2, 20), rope=rope)
-            with pytest.raises(ValueError, match="cache was made for"):
-                layer(x, cache=AttambaAttention(small(leading_tokens=5), 1).double().new_cache(2, 20), rope=rope)
-            with pytest.raises(ValueError, match="boundaries must be bool"):
-                layer(x, torch.zeros(1, 20), rope=rope)
+        close(in_calls(layer, x, [7, 1, 1, 5, 6], rope=rope), layer(x, rope=rope), 1e-9)
     close(layer(x, rope=tables), layer(x), 1e-9)
     close(layer(x, rope=[t.expand(2, 20, 8) for t in tables]), layer(x), 1e-9)
     still = torch.ones(20, 8), torch.zeros(20, 8)
@@ -596,8 +547,15 @@ def test_a_layer_alone_decodes():
     cache = layer.new_cache(2, 20)  # no gradients through a cache, in whatever mode it is used
     assert not layer(x[:, :5], cache=cache).requires_grad and not layer(x[:, :1], cache=cache).requires_grad
     assert not any(t.requires_grad for t in (cache.kv, cache.h, cache.conv))
-    with pytest.raises(ValueError, match="layer must lie in 0 ... 1"):
-        AttambaAttention(small(), 2)
+    refuses(lambda x: layer(x, cache=cache), "cache is full", x[:, 5:])
+    refuses(lambda x: layer(x, cache=cache), "batch size 2", x[:1, :1])
+    foreign = AttambaAttention(small(leading_tokens=5), 1).new_cache(2, 20)
+    refuses(lambda cache: layer(x, cache=cache), "cache was made for", foreign)
+    refuses(lambda mask: layer(x, mask), "boundaries must be bool of shape .1 or 2, 20.",
+            torch.zeros(1, 20), torch.zeros(3, 20).bool())
+    refuses(layer, "x must be of shape", x[:, :0], x[0])
+    refuses(AttambaAttention(small(chunking=modulo_rule), 1).double(), "callable chunking", x)
+    refuses(lambda number: AttambaAttention(small(), number), "layer must lie in 0 ... 1", 2, -1)
 
 
 def test_generate():
@@ -627,10 +585,7 @@ def test_a_model_made_without_memory():
             other = Attamba(model.config)
         other = other.to_empty(device="cpu")
         other.load_state_dict(model.state_dict())
-        with torch.no_grad():
-            cache = other.new_cache(2, 30)
-            parts = [other(t, cache=cache) for t in tokens.split([20] + [1] * 10, 1)]
-        close(torch.cat(parts, 1), model(tokens), 1e-5)
+        close(in_calls(other, tokens, [20] + [1] * 10), model(tokens), 1e-5)
 
 
 def test_top_p_keeps_the_smallest_set():
@@ -670,27 +625,12 @@ def test_bad_config_names_the_field(field, value):
 
 def test_bad_tokens():
     model, good = Attamba(small()), torch.zeros(2, 5).long()
-    for bad in (good.float(), good[0], good[:, :0], good[:0]):
-        with pytest.raises(ValueError, match="tokens must be int64 or int32"):
-            model(bad)
-    for bad in (good - 1, good + 19):
-        for use in model, lambda prompt: model.generate(prompt, 2):
-            with pytest.raises(IndexError, match="0 ... 18"):
-                use(bad)
-    for mask in (good, good.bool()[:, :4], good.bool()[0]):
-        with pytest.raises(ValueError, match="boundaries must be bool"):
-            model(good, mask)
-    for rule in (lambda t, p, l: t, lambda t, p, l: p == 0, lambda t, p, l: None):
-        with pytest.raises(ValueError, match="chunking rule returns must be bool"):
-            Attamba(small(chunking=rule))(good)
-    with pytest.raises(ValueError, match="callable chunking"):
-        AttambaAttention(small(chunking=modulo_rule), 0)(torch.randn(1, 5, 16))
-    layer, x = AttambaAttention(small(), 0), torch.randn(2, 5, 16)
-    for bad in (x[:, :0], x[0]):
-        with pytest.raises(ValueError, match="x must be of shape"):
-            layer(bad)
-    with pytest.raises(ValueError, match="boundaries must be bool of shape .1 or 2, 5."):
-        layer(x, torch.zeros(3, 5).bool())
+    refuses(model, "tokens must be int64 or int32", good.float(), good[0], good[:, :0], good[:0])
+    for use in model, lambda prompt: model.generate(prompt, 2):
+        refuses(use, "0 ... 18", good - 1, good + 19, error=IndexError)
+    refuses(lambda mask: model(good, mask), "boundaries must be bool", good, good.bool()[:, :4], good.bool()[0])
+    refuses(lambda rule: Attamba(small(chunking=rule))(good), "chunking rule returns must be bool",
+            lambda t, p, l: t, lambda t, p, l: p == 0, lambda t, p, l: None)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
@@ -720,6 +660,19 @@ def options_for(tmp_path, **changes):
     return train_tiny.TrainConfig(**{**base, **changes})
 
 
+def train(options, resume=None):
+    return train_tiny.train(small(vocab_size=256), options, train_tiny.load_corpus(options), resume, quiet=True)
+
+
+def at_step(number, act, patch):
+    """Have training call act once it has done that many steps."""
+    def batch(tokens, options, step, *rest, original=train_tiny.batch):
+        if step == number:
+            act()
+        return original(tokens, options, step, *rest)
+    patch.setattr(train_tiny, "batch", batch)
+
+
 def test_training_lowers_the_loss(tmp_path):
     options = options_for(tmp_path)
     config = AttambaConfig(vocab_size=256, dim=32, n_layers=2, n_heads=2, chunk_size=4, leading_tokens=8)
@@ -730,21 +683,12 @@ def test_training_lowers_the_loss(tmp_path):
 
 
 def test_resume_continues_bit_by_bit(tmp_path):
-    config = small(vocab_size=256)
     options = options_for(tmp_path, steps=8, save_every=4)
-    corpus = train_tiny.load_corpus(options)
-    whole, _ = train_tiny.train(config, options, corpus, quiet=True)
-
-    class Stop(Exception):
-        pass
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        def batch(tokens, options, step, *rest, original=train_tiny.batch):
-            if step == 6:
-                raise Stop
-            return original(tokens, options, step, *rest)
-        patch.setattr(train_tiny, "batch", batch)
-        train_tiny.train(config, options, corpus, quiet=True)
-    resumed, _ = train_tiny.train(config, options, corpus, train_tiny.load(options.out), quiet=True)
+    whole, _ = train(options)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        at_step(6, lambda: 1 / 0, patch)
+        train(options)
+    resumed, _ = train(options, train_tiny.load(options.out))
     for a, b in zip(whole.parameters(), resumed.parameters()):
         assert torch.equal(a, b)
 
@@ -753,7 +697,7 @@ def test_resume_continues_bit_by_bit(tmp_path):
 def trained(tmp_path_factory):
     """A folder with the checkpoint of a short run. Nobody writes there."""
     options = options_for(tmp_path_factory.mktemp("trained"), steps=2)
-    train_tiny.train(small(vocab_size=256), options, train_tiny.load_corpus(options), quiet=True)
+    train(options)
     return Path(options.out)
 
 
@@ -766,7 +710,7 @@ def test_nan_stops_the_run_and_is_never_saved(tmp_path, monkeypatch, at, save_ev
     monkeypatch.setattr(train_tiny, "learning_rate", lambda options, step: float("nan") if step + 1 == at else rate(options, step))
     options = options_for(tmp_path, steps=9, save_every=save_every)
     with pytest.raises(train_tiny.UserError, match=why):
-        train_tiny.train(small(vocab_size=256), options, train_tiny.load_corpus(options), quiet=True)
+        train(options)
     assert "nothing" in why or all(t.isfinite().all() for t in train_tiny.load(options.out)["model"].values())
 
 
@@ -798,7 +742,7 @@ def test_a_save_reaches_the_disk_before_it_takes_the_name(tmp_path, monkeypatch)
 
 def test_damaged_and_foreign_checkpoints(tmp_path, trained):
     """Cut anywhere, any bit flipped, made by others or made to run code: refused in one line, or no loss at all."""
-    raw, path, good = (trained / "checkpoint.pt").read_bytes(), tmp_path / "checkpoint.pt", train_tiny.load(trained)
+    raw, good = (trained / "checkpoint.pt").read_bytes(), train_tiny.load(trained)
     class Evil:
         def __reduce__(self):
             return Path.touch, (tmp_path / "ran",)
@@ -806,21 +750,21 @@ def test_damaged_and_foreign_checkpoints(tmp_path, trained):
         data = io.BytesIO()
         torch.save(thing, data)
         return data.getvalue()
+    def load(content):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        return train_tiny.load(tmp_path)
     changes = [dict(step=Evil()), dict(step=None), dict(model=[1]), dict(optimizer=1), dict(config={"unknown": 1}),
                dict(config={**good["config"], "n_heads": 7}), dict(train={**good["train"], "steps": "many"})]
     bad = [b"", b"text", raw[:-1], raw[1:], raw[:len(raw) // 2], saved([1]), saved({"model": {}}), saved(Evil()), pickle.dumps(Evil())]
-    for content in [*bad, *(saved({**good, **change}) for change in changes)]:
-        path.write_bytes(content)
-        with pytest.raises(train_tiny.UserError, match="is damaged, or not a checkpoint"):
-            train_tiny.load(tmp_path)
+    bad += [saved({**good, **change}) for change in changes]
+    refuses(load, "is damaged, or not a checkpoint", *bad, error=train_tiny.UserError)
     assert not (tmp_path / "ran").exists()
     r, refused = random.Random(0), 0
     for _ in range(100):
         flipped = bytearray(raw)
         flipped[r.randrange(len(raw))] ^= 1 << r.randrange(8)
-        path.write_bytes(flipped)
         try:
-            loaded = train_tiny.load(tmp_path)
+            loaded = load(flipped)
         except train_tiny.UserError:
             refused += 1
         else:  # a byte of padding
@@ -846,23 +790,17 @@ def test_a_checkpoint_of_another_model(tmp_path, trained, monkeypatch, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_saves_after_the_step(tmp_path, monkeypatch, number):
-    def batch(tokens, options, step, *rest, original=train_tiny.batch):
-        if step == 4:
-            os.kill(os.getpid(), number)
-        return original(tokens, options, step, *rest)
-    monkeypatch.setattr(train_tiny, "batch", batch)
+    at_step(4, lambda: os.kill(os.getpid(), number), monkeypatch)
     options, handlers = options_for(tmp_path, steps=9), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(KeyboardInterrupt, match="saved at step 5; go on with"):
-        train_tiny.train(small(vocab_size=256), options, train_tiny.load_corpus(options), quiet=True)
+        train(options)
     assert train_tiny.load(options.out)["step"] == 5
     assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
 
 
 def test_a_fresh_run_keeps_the_checkpoint_of_another(tmp_path):
-    options = options_for(tmp_path, steps=1)
-    corpus = train_tiny.load_corpus(options)
     for seed in (0, 1):
-        train_tiny.train(small(vocab_size=256), train_tiny.TrainConfig(**{**vars(options), "seed": seed}), corpus, quiet=True)
+        train(options_for(tmp_path, steps=1, seed=seed))
     for name, seed in (("checkpoint.pt", 1), ("checkpoint.old.pt", 0)):
         assert torch.load(tmp_path / "out" / name, weights_only=True)["train"]["seed"] == seed
 
@@ -936,9 +874,8 @@ def test_bad_training_input(tmp_path, monkeypatch, capsys):
     for arguments, why in cases:
         assert why in refused(capsys, monkeypatch, *arguments)
     monkeypatch.setenv("WORLD_SIZE", "3")
-    options = options_for(tmp_path)
     with pytest.raises(train_tiny.UserError, match="--batch_size 8 cannot be split over 3"):
-        train_tiny.train(small(vocab_size=256), options, train_tiny.load_corpus(options))
+        train(options_for(tmp_path))
     error = alone.communicate()[1]
     assert alone.returncode == 2 and error.count("\n") == 1 and "no such file" in error
 
@@ -1042,31 +979,30 @@ def test_a_recorded_step_keeps_what_it_reads(chunking, monkeypatch):
     assert len(read) > len(list(model.parameters())) and not any(storage.expired() for storage in read.values())
 
 
+def check_kernels(config, dtype, device, length, steps, tolerance, relative=False):
+    """On that device as it is, compiled and cached, against float64 on a CPU, which takes the plain path. relative: hold
+    each gradient to its own size, however small."""
+    exact, tokens, weights = Attamba(config).double(), torch.randint(19, (2, length)), torch.randn(2, length, 19)
+    model = Attamba(config).to(device, dtype)
+    model.load_state_dict(exact.state_dict())
+    expected = results(exact, tokens, weights)
+    sizes = [1, *(b.abs().max() if relative else 1 for b in expected[1:])]
+    for way in (model, compiled(model)):
+        for a, b, size in zip(results(way, tokens, weights), expected, sizes):
+            close(a / size, b / size, tolerance)
+    cached = in_calls(model, tokens.to(device), [length - steps] + [1] * steps)
+    close(cached.cpu().double(), expected[0], tolerance)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 # float64: RoPE's tables are float32 and a GPU's sine differs in the last bit; measured 3.0e-9 on an H200
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-7), (torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 def test_gpu_agrees_with_cpu(dtype, tolerance):
-    """With heads of 32 and states of 16, so that the kernels take part where there are chunks of a fixed step;
-    as it is and compiled."""
+    """With heads of 32 and states of 16, so that the kernels take part where there are chunks of a fixed step."""
     for changes in (dict(), dict(chunking=modulo_rule), dict(chunk_size=(None, 4), leading_tokens=(5, None)),
                     dict(chunking="random", chunk_size=(None, 4))):
-        config = small(dim=64, ssm_state=16, **changes)
-        exact = Attamba(config).double()
-        model = Attamba(config).cuda()
-        model.load_state_dict(exact.state_dict())
-        tokens = torch.randint(19, (2, 100))
-        weights = torch.randn(2, 100, 19)
-        (exact(tokens) * weights).sum().backward()
-        for model in (model.to(dtype), compiled(model.to(dtype))):
-            logits = model(tokens.cuda())
-            close(logits.cpu().double(), exact(tokens), tolerance)
-            (logits * weights.cuda()).sum().backward()
-            for a, b in zip(model.parameters(), exact.parameters()):
-                close(a.grad.cpu().double(), b.grad, tolerance)
-        with torch.no_grad():  # from the third step on as a CUDA graph, where chunks end by a named rule
-            cache = model.new_cache(2, 100)
-            parts = [model(t.cuda(), cache=cache) for t in tokens.split([90] + [1] * 10, 1)]
-            close(torch.cat(parts, 1).cpu().double(), exact(tokens), tolerance)
+        # From the third step on as a CUDA graph, where chunks end by a named rule.
+        check_kernels(small(dim=64, ssm_state=16, **changes), dtype, "cuda", 100, 10, tolerance)
 
 
 @pytest.mark.skipif(attamba.triton is None or not attamba.INTERPRET, reason="needs triton and TRITON_INTERPRET=1")
@@ -1075,21 +1011,7 @@ def test_kernels_in_the_interpreter(P, length):
     """The CUDA kernels without a GPU. (float32: Triton 3.6's interpreter gets bfloat16 products wrong.)"""
     warnings.simplefilter("ignore")  # the interpreter's own; pytest restores them
     config = small(dim=64, ssm_state=16, chunk_size=P, leading_tokens=9)
-    model, tokens = Attamba(config), torch.randint(19, (2, length))
-    exact = Attamba(config).double()  # float64 takes the plain path
-    exact.load_state_dict(model.state_dict())
-    weights = torch.randn(2, length, 19) * 100
-    for m in (exact, model, compiled(model)):
-        logits = m(tokens)
-        (logits * weights).sum().backward()
-        close(logits.double(), exact(tokens), 1e-4)
-        for a, b in zip(m.parameters(), exact.parameters()):
-            size = b.grad.abs().max()  # relative to each gradient's own size, however small
-            close(a.grad.double() / size, b.grad / size, 1e-4)
-    with torch.no_grad():
-        cache = model.new_cache(2, length)
-        parts = [model(t, cache=cache) for t in tokens.split([length - 4, 1, 1, 1, 1], 1)]
-        close(torch.cat(parts, 1).double(), exact(tokens), 1e-4)
+    check_kernels(config, torch.float32, "cpu", length, 4, 1e-4, relative=True)
 
 
 if __name__ == "__main__":
