@@ -61,38 +61,40 @@ LABELS = dict(transformer="transformer", window="transformer, sliding window", n
 
 
 NAMES = {"transformer-parameters=ssm-keep": "19 % more parameters", "one-full-layer-rest-window-parameters=ssm-keep": "19 % more parameters",
+         "transformer-parameters=p8": "7 % more parameters", "one-full-layer-rest-window-gqa": "one full layer, windows, 2 of 8 key heads",
          "window-ssm-keep": "windows, SSMs never reset", "one-full-layer-rest-window-ssm-keep": "one full layer, windows, SSMs",
          "gqa=p8-l64": "2 of 8 key heads", "attamba-p8-l64-uniform": "8, 64, uniform", "attamba-p8-l64-keep-wk-wv": "8, 64, W_K and W_V kept",
-         "pseudo-chunk-p8": "8, all (pseudo-chunking)"}
+         "attamba-p16-l64": "16, 64", "pseudo-chunk-p8": "8, all (pseudo-chunking)"}
 
 
 def kv_perplexity(row_filter, name, title):
-    """Perplexity against what the cache takes; a series per family, the mean over seeds, at the best learning rate of those run (a star: not 2e-3)."""
-    rates = defaultdict(lambda: defaultdict(list))
+    """Perplexity against what the cache takes; a series per family, the mean over seeds. All rows at learning rate 2e-3."""
+    found = defaultdict(list)
     for row in read("sweep"):
-        if row_filter(row) and row["perplexity"]:
-            rates[family(row), row["name"], row["kv_bytes"], row["tokens"]][row["config"]["lr"]].append(row["perplexity"])
-    tokens = max((key[3] for key in rates), default=0)                                              # equal tokens only
-    groups = {key: min((sum(v) / len(v), rate) for rate, v in by_rate.items()) for key, by_rate in rates.items() if key[3] == tokens}
+        if row_filter(row) and row["perplexity"] and row["config"]["lr"] == 2e-3:
+            found[family(row), row["name"], row["kv_bytes"], row["tokens"]].append(row["perplexity"])
+    tokens = max((key[3] for key in found), default=0)                                              # equal tokens only
+    groups = {key: sum(v) / len(v) for key, v in found.items() if key[3] == tokens}
     if len(groups) < 3:
         return
     figure, axes = plt.subplots(figsize=(7.4, 4.4))
-    best = min(groups.values())[0]
+    best = min(groups.values())
     for series in COLOURS:
-        points = sorted((nbytes / 1e6, *found, name) for (s, name, nbytes, _), found in groups.items() if s == series)
+        points = sorted((nbytes / 1e6, value, name) for (s, name, nbytes, _), value in groups.items() if s == series)
         points = [p for p in points if p[1] < 1.6 * best]            # a row that failed would flatten the others; the tables have it
         if not points:
             continue
-        x, y, rate, names = zip(*points)
+        x, y, names = zip(*points)
         axes.plot(x, y, linestyle="-" if series == "window" else "none", marker="o", markersize=4 if series == "other" else 6,
                   color=COLOURS[series], label=LABELS[series])
         for i, label in enumerate(names):
-            if series == "attamba":
+            if series == "attamba" and label not in NAMES:
                 label = ", ".join(part[1:] for part in label.split("-")[1:])                  # P, L
             elif series not in ("other", "narrowed") and label not in NAMES:
                 continue
-            side = dict(xytext=(-6, -3), ha="right") if x[i] > 12 and label in NAMES else dict(xytext=(5, -10 if label == "window-ssm-keep" else 4))
-            axes.annotate(NAMES.get(label, label) + "*" * (rate[i] != 2e-3), (x[i], y[i]), **side, textcoords="offset points", fontsize=8, color=COLOURS[series])
+            left = label in NAMES and x[i] > 1 and "uniform" not in label                        # where there is room
+            side = dict(xytext=(-6, -3), ha="right") if left else dict(xytext=(5, 4))
+            axes.annotate(NAMES.get(label, label), (x[i], y[i]), **side, textcoords="offset points", fontsize=8, color=COLOURS[series])
     axes.set(xscale="log", xlabel="KV cache of one sequence, MB (allocated, SSM states included)", ylabel="held-out perplexity", title=title)
     ticks = [t for t in (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70) if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
     axes.set_xticks(ticks, [str(t) for t in ticks])
@@ -187,7 +189,6 @@ def main():
     for S in (1024, 4096):
         kv_perplexity(lambda r: r["seq_len"] == S and r["group"] != "lr" and not corpora[r["corpus"]],
                       "kv_perplexity" + ("" if S == 1024 else f"_{S}"), f"Python source, {S} tokens of context")
-    kv_perplexity(lambda r: corpora[r["corpus"]], "kv_perplexity_english", "English, 1024 tokens of context")
     speed_context(), recall(), mask()
 
 
