@@ -463,10 +463,13 @@ def test_autocast():
 
 
 @pytest.mark.parametrize("autocast", [True, False])
-def test_decays_are_float32_whatever_the_model_is(autocast, monkeypatch):
+def test_the_scan_is_float32_whatever_the_model_is(autocast, monkeypatch):
     def spy(u, dt, A, B, C, D, *rest, scan=ssm_scan):
         assert dt.dtype == A.dtype == D.dtype == torch.float32
-        return scan(u, dt, A, B, C, D, *rest)
+        y, h = scan(u, dt, A, B, C, D, *rest)
+        with torch.autocast("cpu", enabled=False):                                # its products, too
+            assert torch.equal(y, scan(u, dt, A, B, C, D, *rest)[0])
+        return y, h
     monkeypatch.setattr(attamba, "ssm_scan", spy)
     model = Attamba(small()).to(torch.float32 if autocast else torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
