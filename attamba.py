@@ -72,7 +72,7 @@ class AttambaConfig:
     "linear+ssm"  P           L                W_K and W_V kept: k = W_K a + SSM_K(W_K a) [1, ablation]
 
     chunk_size and leading_tokens may also be tuples with a value for each layer. What is None by default is filled in
-    at once; dataclasses.replace keeps what was filled in.
+    at once: dataclasses.replace(config, dim=...) keeps the old head_dim, hidden_dim, ...
     Raises ValueError for a value out of range, naming the field and what is allowed.
     """
     vocab_size: int                            # number of token ids
@@ -135,7 +135,7 @@ class Attamba(nn.Module):
         return self._logits(tokens, boundaries, cache)
 
     def _logits(self, tokens, boundaries=None, cache=None):
-        """`forward` for ids known to be good: to look at them is to wait for the GPU, which while decoding then waits for Python."""
+        """`forward` for ids known to be good: checking them means waiting for the GPU at every step."""
         if cache is not None and torch.is_grad_enabled():
             with torch.no_grad():
                 return self._logits(tokens, boundaries, cache)
@@ -283,7 +283,7 @@ class AttambaAttention(nn.Module):
             raise ValueError(f"x must be of shape (batch, length, {self.config.dim}), not empty, but got {tuple(x.shape)}")
         c, (b, l, _), start = self.config, x.shape, cache.position if cache else 0
         ends = self.boundaries(l, start) if boundaries is None else _check_mask(boundaries, (1, b), l)   # (1 or b, l)
-        if cache and isinstance(start, int):  # again, for a layer without a model (a tensor: a CUDA graph is recorded)
+        if cache and isinstance(start, int):  # Attamba did; a layer alone has not (a tensor: a CUDA graph is recorded)
             cache.check(self, b, l, boundaries)
             cache.rule_fits &= boundaries is None      # a mask may have taken more entries than the rule would have
         decoding = cache is not None and l == 1
@@ -412,7 +412,7 @@ def first_end(config: AttambaConfig, layer: Union[int, Tensor]) -> Union[int, Te
 # What makes a chunk's key and value? A Mamba-2 SSM whose state restarts with every chunk.
 
 class ChunkSSM(nn.Module):
-    """The two SSMs of a layer, s = 0 for keys and s = 1 for values, side by side [1, section 3; 2]:
+    """The two SSMs of a layer, for keys and for values, side by side [1, section 3; 2]:
 
         z, dt, u, B, C = split(W_in a_t)
         u, B, C = SiLU(causal depthwise convolution), never across a chunk boundary
@@ -420,7 +420,7 @@ class ChunkSSM(nn.Module):
         h_t = r_t exp(dt_t A) h_{t-1} + dt_t u_t B_t^T,   y_t = h_t C_t + D u_t
         out_t = W_out RMSNorm(y_t * SiLU(z_t))
 
-    The convolution has no bias and the norm no weight (W_out absorbs it): zero in, zero out.
+    r_t is 0 on the first token of a chunk, else 1. The convolution has no bias and the norm no weight (W_out absorbs it): zero in, zero out.
     """
 
     def __init__(self, config: AttambaConfig, dim_in: int, dim_out: int):
@@ -610,8 +610,8 @@ def ssm_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
         added = left.unflatten(2, (g, -1)).mT.flatten(3, 4) @ B                   # (b, c, g, H/g p, n)
         if h is None and l == q:  # a single block, and nothing enters it
             return y.transpose(2, 3).flatten(1, 2) + D[:, None] * u, added.view(b, H, p, n)
-        # 3. From block to block, the same with blocks as tokens. (What a block adds lies after its own boundaries, so that
-        # they count for it: no "- ends" here.)
+        # 3. From block to block, the same with blocks as tokens. (A block's own boundaries cut off what entered it, so that
+        # here they count for the block itself: no "- ends".)
         h = u.new_zeros(b, H, 1, p * n) if h is None else h.to(dtype).view(b, H, 1, p * n)
         cum, resets = log_a.cumsum(-1), ends.any(-1).mT.cumsum(-1)                # (b, c, H, q), (b, 1, c)
         total, added = cum[..., -1].mT, added.view(b, -1, H, p * n).transpose(1, 2)                   # (b, H, c), (b, H, c, p n)
@@ -634,8 +634,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, leading_tokens: 
     own tokens with the L before them. These keys are put side by side, and a small mask says who sees what.
 
     q (b, heads, lq, head_dim), k and v (b, kv heads, l, head_dim) with lq <= l: the queries are the last lq
-    tokens. boundaries (b or 1, l) bool. first (0-d int64, on the CPU), if given, says the same as boundaries:
-    first, first + chunk_size, ... (none for chunk_size None). -> (b, heads, lq, head_dim)
+    tokens. boundaries (b or 1, l) bool. first (0-d int64, on the CPU), if given, is used in their place: chunks end at
+    first, first + chunk_size, ... (nowhere for chunk_size None). -> (b, heads, lq, head_dim)
     """
     L, lq, l, P, dev = leading_tokens, q.shape[2], k.shape[2], chunk_size or NEVER, q.device
     if (L is None or L >= l - 1) and lq == l:  # the window holds everything: ordinary causal attention
