@@ -420,7 +420,8 @@ class ChunkSSM(nn.Module):
         h_t = r_t exp(dt_t A) h_{t-1} + dt_t u_t B_t^T,   y_t = h_t C_t + D u_t
         out_t = W_out RMSNorm(y_t * SiLU(z_t))
 
-    r_t is 0 on the first token of a chunk, else 1. The convolution has no bias and the norm no weight (W_out absorbs it): zero in, zero out.
+    r_t is 0 on the first token of a chunk, else 1. The convolution has no bias and the norm no weight (W_out absorbs it):
+    zero in, zero out.
     """
 
     def __init__(self, config: AttambaConfig, dim_in: int, dim_out: int):

@@ -110,7 +110,7 @@ def training(quick, models=MODELS, lengths=None, note=""):
         speed = {n: tokens.numel() * (3 if GPU else 1) / s for n, s in seconds.items()}
         for name, options in models.items():
             row[f"{name} % of matrix rate"] = 3 * speed[name] * operations(options, length) / RATES["matmul_tflop_s"] / 1e10
-        yield f"training, S {length}{note}", "tokens/s", speed, row
+        yield f"training, S {length}{note}", "tokens/s", speed, {**row, "model": {**SIZES, **models["attamba"]}}
 
 
 def operations(options, length):
@@ -348,12 +348,13 @@ def main():
             ratio = b / a if unit == "tokens/s" else a / b
             digits = 2 if unit == "ms" else 0
             print(f"{name + ', ' + unit:<52}{a:>13,.{digits}f}{b:>13,.{digits}f}{ratio:>8.2f}", flush=True)
+            model = more.pop("model", {**SIZES, **MODELS["attamba"]})
             for key in more:
                 if key.startswith("attamba"):
                     other = more[key.replace("attamba", "transformer")]
                     print(f"{'    ' + key.removeprefix('attamba '):<52}{other:>13,.1f}{more[key]:>13,.1f}{other / more[key]:>8.2f}", flush=True)
             with open(options.out, "a") as f:
-                f.write(json.dumps(dict(name=name, unit=unit, **values, ratio=ratio, **more, model={**SIZES, **MODELS["attamba"]},
+                f.write(json.dumps(dict(name=name, unit=unit, **values, ratio=ratio, **more, model=model,
                                         hardware=hardware, torch=torch.__version__, **RATES,
                                         commit=commit, quick=options.quick)) + "\n")
 
