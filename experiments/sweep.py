@@ -204,6 +204,8 @@ def rows(shape, shrink=1):
     add("open", "transformer-parameters=ssm-keep", equal_parameters(keep))                  # what the SSMs' parameters would do elsewhere
     layout = equal_layers(main, s1, lambda L: whole(L, None), kv="linear")
     add("open", "one-full-layer-rest-window-parameters=ssm-keep", lambda: dict(layout(), hidden_dim=equal_parameters(keep)()["hidden_dim"]))
+    add("english", "one-full-layer-rest-window", layout, corpus="english")
+    add("english", "one-full-layer-rest-window-ssm-keep", equal_layers(main, s1, whole, kv="linear+ssm"), corpus="english")
     few = dict(n_kv_heads=max(1, shape["n_heads"] // 4))                                    # as many entries, a quarter of the bytes
     add("open", "one-full-layer-rest-window-gqa", lambda: dict(layout(), **few))
     add("open", "one-full-layer-rest-window-ssm-keep-gqa", lambda: dict(equal_layers(main, s1, whole, kv="linear+ssm")(), **few))
