@@ -95,7 +95,7 @@ def kv_perplexity():
             elif series not in ("other", "narrowed") and label not in NAMES:
                 continue
             side = dict(xytext=(-6, -3), ha="right")                   # where there is room
-            if label not in NAMES or "one-full" in label and y[i] in (max(y), best):
+            if label not in NAMES or label in ("one-full-layer-rest-window-gqa", "one-full-layer-rest-window-ssm-keep"):
                 side = dict(xytext=(5, 4))
             elif "uniform" in label:
                 side = dict(xytext=(0, -12), ha="center")

@@ -205,10 +205,11 @@ def rows(shape, shrink=1):
     layout = equal_layers(main, s1, lambda L: whole(L, None), kv="linear")
     add("open", "one-full-layer-rest-window-parameters=ssm-keep", lambda: dict(layout(), hidden_dim=equal_parameters(keep)()["hidden_dim"]))
     add("english", "one-full-layer-rest-window", layout, corpus="english")
-    add("english", "one-full-layer-rest-window-ssm-keep", equal_layers(main, s1, whole, kv="linear+ssm"), corpus="english")
+    beside = equal_layers(main, s1, whole, kv="linear+ssm")                                 # the layout with SSMs beside W_K and W_V
+    add("english", "one-full-layer-rest-window-ssm-keep", beside, corpus="english")
     few = dict(n_kv_heads=max(1, shape["n_heads"] // 4))                                    # as many entries, a quarter of the bytes
     add("open", "one-full-layer-rest-window-gqa", lambda: dict(layout(), **few))
-    add("open", "one-full-layer-rest-window-ssm-keep-gqa", lambda: dict(equal_layers(main, s1, whole, kv="linear+ssm")(), **few))
+    add("open", "one-full-layer-rest-window-ssm-keep-gqa", lambda: dict(beside(), **few))
     add("open", "full-attention-ssm-keep", dict(keep, leading_tokens=None))                 # and the SSMs without a smaller cache
     for kv, note in (("linear+ssm", "-keep"), ("ssm", "")):
         layered("one-full-layer-rest-window-ssm" + note, whole, kv=kv)
