@@ -289,7 +289,7 @@ def run(row, seed, text, options, keep, lr, commit):
             print(f"{row.name}: {error}", flush=True)                                      # diverged: a result, too
             return line
         extra = {}
-        if row.transfer:
+        if row.transfer and seed == 0:
             extra["transfer"] = transferred(model, config, options, text, device)
         if text.wikitext is not None:
             loss, bits = train_tiny.evaluate(model, text.wikitext, text.tokenizer.byte_lengths, options, device)
