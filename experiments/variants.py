@@ -25,7 +25,7 @@ def set_chunk_size(model, P):
     """Another P in all layers; weights do not depend on it."""
     for layer, block in enumerate(model.blocks):
         attention = block.attention
-        attention.config = dataclasses.replace(attention.config, chunk_size=P)
+        attention.config = attention.ssm.config = dataclasses.replace(attention.config, chunk_size=P)
         attention.first = torch.tensor(attamba.first_end(attention.config, layer), device="cpu")
 
 
