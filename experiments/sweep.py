@@ -6,6 +6,7 @@
     python experiments/sweep.py english --data FOLDER    # the folder with english_docs.*.txt.xz, wikitext-2.test.txt
     python experiments/sweep.py claims --minutes 9       # start no row that would end later
     python experiments/sweep.py recall                   # the synthetic tasks of recall.py (takes its options)
+    python experiments/sweep.py open --laptop            # the rows of 1,024 tokens at the size of train_tiny.py on a CPU, two seeds
     python experiments/sweep.py claims --quick           # tiny shapes, to try the script on a CPU
 
 Groups: lr, claims, claims4096, smooth, english, open, open4096. Appends one line a run to experiments/results/sweep.jsonl
@@ -39,13 +40,12 @@ from attamba import Attamba, AttambaConfig  # noqa: E402
 from corpora import VOCAB, corpus  # noqa: E402
 from train_tiny import TrainConfig, UserError  # noqa: E402
 
-SHAPE = dict(dim=512, n_layers=8, n_heads=8)
-TOKENS_PER_STEP, STEPS = 65536, 2136   # 140 M tokens
 # The best of three for transformer and window in the group lr, runs of a quarter of the tokens. There Attamba favoured 4e-3
 # by 0.7 %; over all tokens 2e-3 is better for it too, by 1.7 % at S 1024 and 2.0 % at 4096 (rows in sweep.jsonl).
 LR = 2e-3
-EVAL_TOKENS = 2 ** 21
-QUICK = dict(shape=dict(dim=64, n_layers=2, n_heads=2), tokens_per_step=512, steps=20, eval_tokens=8192, shrink=8)
+FULL = dict(shape=dict(vocab_size=VOCAB, dim=512, n_layers=8, n_heads=8), tokens_per_step=65536, steps=2136, eval_tokens=2 ** 21, shrink=1)    # 140 M tokens
+LAPTOP = dict(shape=dict(vocab_size=256, dim=128, n_layers=4, n_heads=4), tokens_per_step=2048, steps=700, eval_tokens=100_000, shrink=4)       # bytes
+QUICK = dict(shape=dict(vocab_size=VOCAB, dim=64, n_layers=2, n_heads=2), tokens_per_step=512, steps=20, eval_tokens=8192, shrink=8)
 
 
 # ---------------------------------------------------------------------------------------
@@ -89,10 +89,10 @@ class Row:
 
 
 def rows(shape, shrink=1):
-    """Every row, by group, the most important first. shrink: divide lengths, for --quick.
+    """Every row, by group, the most important first. shrink: divide lengths.
     Fitting one cache to another takes a while: models that need it are functions, called for the rows that are wanted."""
     def config(**changes):
-        return AttambaConfig(vocab_size=VOCAB, **{**shape, **changes})
+        return AttambaConfig(**{**shape, **changes})
 
     @functools.cache
     def size_of(S, changes):
@@ -262,7 +262,7 @@ def transferred(model, config, options, text, device):
 def run(row, seed, text, options, keep, lr, commit):
     """Train and score one row; returns its line. Goes on from a checkpoint of exactly the same run."""
     torch._dynamo.reset()
-    config = AttambaConfig(vocab_size=VOCAB, **row.model)
+    config = AttambaConfig(**row.model)
     make = row.variant(text, config) if row.variant else Attamba
     out = Path(options.out)
     now = dict(config=dataclasses.asdict(config), train=dataclasses.asdict(options), corpus=text.fingerprint)
@@ -301,6 +301,14 @@ def run(row, seed, text, options, keep, lr, commit):
     return {**line, **{k: result[k] for k in ("params", "loss", "perplexity", "bits_per_byte", "tokens_per_second")}, **extra}
 
 
+@functools.cache
+def laptop_text():
+    """What train_tiny.py trains on if nothing is said."""
+    text = train_tiny.load_corpus(TrainConfig())
+    text.wikitext = None
+    return text
+
+
 def key(line):
     return *(line[k] for k in ("name", "corpus", "tokens", "seed", "seq_len")), line["config"]["lr"]
 
@@ -321,34 +329,37 @@ def main():
     parser.add_argument("--lr", type=float, help="in place of each row's own")
     parser.add_argument("--commit", help="default: asks git")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
+    parser.add_argument("--laptop", action="store_true", help="small: the standard library's bytes, S 256, 1.4 M tokens, seeds 0 and 1")
     parser.add_argument("--quick", action="store_true", help="tiny shapes")
     a = parser.parse_args()
-    begin, quick = time.time(), QUICK if a.quick else dict(shape=SHAPE, tokens_per_step=TOKENS_PER_STEP, steps=STEPS, eval_tokens=EVAL_TOKENS, shrink=1)
+    begin, scale = time.time(), QUICK if a.quick else LAPTOP if a.laptop else FULL
     commit = a.commit or subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     a.results = a.results or (a.work / "quick.jsonl" if a.quick else ROOT / "experiments/results/sweep.jsonl")
     a.results.parent.mkdir(parents=True, exist_ok=True)
     results = [json.loads(l) for l in open(a.results)] if a.results.exists() else []
-    table = rows(quick["shape"], quick["shrink"])
+    table = rows(scale["shape"], scale["shrink"])
     wanted = [r for r in table if any(fnmatch.fnmatchcase(r.name, pattern) for pattern in a.only.split(","))]
     if a.groups != ["list"]:
         unknown = set(a.groups) - {r.group for r in table}
         if unknown:
             raise UserError(f"unknown group {', '.join(unknown)}")
         wanted = [r for g in a.groups for r in wanted if r.group == g]
+    if a.laptop:
+        wanted = [dataclasses.replace(r, seeds=(0, 1), lr=TrainConfig.lr) for r in wanted if r.seq_len == 1024 // scale["shrink"] and r.corpus == "python"]
     for row in wanted:
-        row.model = {**quick["shape"], **(row.model() if callable(row.model) else row.model)}
+        row.model = {**scale["shape"], **(row.model() if callable(row.model) else row.model)}
     if a.groups == ["list"]:
         return show(wanted, results)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch._dynamo.config.recompile_limit = 64                      # RandomP has a graph for each P
     failed, pace = 0, 0.0                                          # seconds per token of the last row
     for row, seed in [(r, s) for s in map(int, a.seeds.split(",")) for r in wanted if s in r.seeds]:
-        text = corpus(row.corpus, a.work, a.data)
-        rows_a_step = max(1, quick["tokens_per_step"] // row.seq_len)
-        steps = max(1, round((a.steps or quick["steps"]) * row.part))
+        text = laptop_text() if a.laptop else corpus(row.corpus, a.work, a.data)
+        rows_a_step = max(1, scale["tokens_per_step"] // row.seq_len)
+        steps = max(1, round((a.steps or scale["steps"]) * row.part))
         options = TrainConfig(device=device, steps=steps, batch_size=rows_a_step, seq_len=row.seq_len, warmup=min(100, steps // 10), seed=seed,
                               lr=a.lr or row.lr, save_every=400,
-                              eval_tokens=quick["eval_tokens"])
+                              eval_tokens=scale["eval_tokens"])
         tokens = steps * rows_a_step * row.seq_len
         ident = (row.name, text.fingerprint, tokens, seed, row.seq_len, options.lr)
         if ident in map(key, results):
@@ -380,7 +391,7 @@ def main():
 def show(wanted, results):
     print(f"{'group':<11}{'name':<34}{'S':>6}{'parameters':>12}{'entries':>9}{'KV bytes':>12}   seeds done, perplexity")
     for row in wanted:
-        config = AttambaConfig(vocab_size=VOCAB, **row.model)
+        config = AttambaConfig(**row.model)
         entries, nbytes = (float("nan"), 0) if row.chunk_mean else kv_cost(config, row.seq_len, row.variant)
         done = [f"{r['seed']}: {r['perplexity'] or float('nan'):.3f}" + f" at {r['config']['lr']:g}" * (r["config"]["lr"] != row.lr)
                 for r in results if (r["name"], r["seq_len"], r["group"]) == (row.name, row.seq_len, row.group)]

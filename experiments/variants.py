@@ -46,11 +46,8 @@ class RandomP(Attamba):
 
 def whitespace(corpus, newlines_only):
     """Which tokens of the vocabulary end a chunk: those with a newline, or those with any whitespace. (vocab_size,) bool"""
-    encoding = corpus.tokenizer.encoding
-    table = torch.zeros(encoding.n_vocab, dtype=torch.bool)
-    for data in encoding.token_byte_values():
-        table[encoding.encode_single_token(data)] = (b"\n" in data) if newlines_only else any(c in data for c in b" \n\t")
-    return table
+    decode, n = corpus.tokenizer.decode, corpus.tokenizer.vocab_size
+    return torch.tensor([any(c in decode([token]) for c in ("\n" if newlines_only else " \n\t")) for token in range(n)])
 
 
 def mean_chunk(corpus, newlines_only):
