@@ -201,11 +201,14 @@ def rows(shape, shrink=1):
 
     layered("one-full-layer-rest-window", lambda L: whole(L, None), kv="linear")
     keep = dict(kv="linear+ssm", chunk_size=None)
-    add("open", "transformer-parameters=ssm-keep", equal_parameters(keep))                  # what the SSMs' parameters would do elsewhere
+    wider = lambda: dict(hidden_dim=equal_parameters(keep)()["hidden_dim"])                 # what the SSMs' parameters would do elsewhere
+    for group, S, text in (("open", s1, "python"), ("open4096", s4, "python"), ("english", s1, "english")):
+        layout = equal_layers(main, S, lambda L: whole(L, None), kv="linear")
+        add(group, "transformer-parameters=ssm-keep", lambda: dict(transformer, **wider()), seq_len=S, corpus=text)
+        add(group, "one-full-layer-rest-window-parameters=ssm-keep", lambda layout=layout: dict(layout(), **wider()), seq_len=S, corpus=text)
     layout = equal_layers(main, s1, lambda L: whole(L, None), kv="linear")
-    add("open", "one-full-layer-rest-window-parameters=ssm-keep", lambda: dict(layout(), hidden_dim=equal_parameters(keep)()["hidden_dim"]))
-    add("english", "one-full-layer-rest-window", layout, corpus="english")
     beside = equal_layers(main, s1, whole, kv="linear+ssm")                                 # the layout with SSMs beside W_K and W_V
+    add("english", "one-full-layer-rest-window", layout, corpus="english")
     add("english", "one-full-layer-rest-window-ssm-keep", beside, corpus="english")
     few = dict(n_kv_heads=max(1, shape["n_heads"] // 4))                                    # as many entries, a quarter of the bytes
     add("open", "one-full-layer-rest-window-gqa", lambda: dict(layout(), **few))
