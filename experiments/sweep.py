@@ -151,7 +151,7 @@ def rows(shape, shrink=1):
     add("claims", "window=p8-l64", equal_window(main, s1), **two)
     add("claims", "attamba-p8-l8", attamba(8, l8))
     add("claims", "window=p8-l8", equal_window(attamba(8, l8), s1))
-    add("claims", "attamba-p8-l8-released-mixing", attamba(8, l8), variant=V.make_general, patch=V.released_mixing)
+    add("claims", "attamba-p8-l8-released-mixing", attamba(8, l8), variant=V.changed(V.general), patch=V.released_mixing)
     add("claims", "pseudo-chunk-p8", attamba(8, None))
     add("claims", "transformer-parameters=p8", equal_parameters(main))
     add("claims", "strided-p8-l64", attamba(8, l64, kv="linear"))
@@ -169,7 +169,7 @@ def rows(shape, shrink=1):
     add("claims", "attamba-p16-l8", attamba(16, l8))
     add("claims", "attamba-p8-l128", attamba(8, l128))
     add("claims", "attamba-p64-l64", attamba(64, l64))
-    add("claims", "attamba-p8-l64-released-mixing", attamba(8, l64), variant=V.make_general, patch=V.released_mixing)
+    add("claims", "attamba-p8-l64-released-mixing", attamba(8, l64), variant=V.changed(V.general), patch=V.released_mixing)
     add("claims", "attamba-p8-l8-uniform", attamba(8, l8, chunking="uniform"))
 
     for name, model in (("transformer", transformer), ("attamba-p8-l64", main), ("window=p8-l64", equal_window(main, s4)),
@@ -194,6 +194,7 @@ def rows(shape, shrink=1):
     mixed = lambda *chunks: equal_layers(main, s1, lambda L: [(chunks[i * len(chunks) // n if len(chunks) < n else i], L) for i in range(n)])
     # One layer keeps every token; its SSMs are still reset, every P tokens, where P is not None.
     whole = lambda L, P=8: [(P, None) if i == n // 2 else (None, L) for i in range(n)]
+    quarter = lambda L: [(2, L) if i % 4 == 3 else (None, L) for i in range(n)]            # a quarter of them keeps every second token
 
     def layered(name, sizes, **changes):
         add("open", name, equal_layers(main, s1, sizes, **changes))
@@ -217,13 +218,19 @@ def rows(shape, shrink=1):
     for kv, note in (("linear+ssm", "-keep"), ("ssm", "")):
         layered("one-full-layer-rest-window-ssm" + note, whole, kv=kv)
         layered("one-full-layer-rest-window-ssm-no-reset" + note, lambda L: whole(L, None), kv=kv)
-        layered("two-layers-p2-rest-window-ssm" + note, lambda L: [(2, L) if i % 4 == 3 else (None, L) for i in range(n)], kv=kv)
+        layered("two-layers-p2-rest-window-ssm" + note, quarter, kv=kv)
         layered("every-other-layer-p4-window-ssm" + note, lambda L: [(4 if i % 2 else None, L) for i in range(n)], kv=kv)
         layered("window-ssm" + note, lambda L: [(None, L)] * n, kv=kv)
     for name, model, more in (
-            ("no-reset", main, dict(variant=V.make_general, patch=V.no_reset)),
-            ("phase-per-head", attamba(8, l64, chunking="uniform"), dict(variant=V.make_general, patch=V.phase_per_head)),
+            ("no-reset", main, dict(variant=V.changed(V.general), patch=V.no_reset)),
+            ("phase-per-head", attamba(8, l64, chunking="uniform"), dict(variant=V.changed(V.general), patch=V.phase_per_head)),
             ("qk-norm", main, dict(variant=V.changed(V.qk_norm))),
+            ("qk-norm-transformer", transformer, dict(variant=V.changed(V.qk_norm))),
+            ("qk-norm-window", equal_window(main, s1), dict(variant=V.changed(V.qk_norm))),
+            ("qk-norm-no-reset", main, dict(variant=V.changed(V.qk_norm, V.general), patch=V.no_reset)),
+            ("qk-norm-one-full-layer-rest-window", layout, dict(variant=V.changed(V.qk_norm))),
+            ("qk-norm-two-layers-p2-rest-window-ssm-keep", equal_layers(main, s1, quarter, kv="linear+ssm"), dict(variant=V.changed(V.qk_norm))),
+            ("qk-norm-one-full-layer-rest-window-ssm-keep", beside, dict(variant=V.changed(V.qk_norm))),
             ("ssm-norm", main, dict(variant=V.changed(V.ssm_norm))),
             ("memory-8", main, dict(variant=V.changed(V.memory(0.03, 0.5)))),
             ("memory-100", main, dict(variant=V.changed(V.memory(0.001, 0.05)))),

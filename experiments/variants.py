@@ -76,17 +76,6 @@ def at_whitespace(newlines_only, uniform=False):
 # ---------------------------------------------------------------------------------------
 # Other mechanisms
 
-def general_path(model):
-    """Chunk ends as a mask, so that the patched functions below are called and not the kernels."""
-    for block in model.blocks:
-        block.attention.first = None
-    return model
-
-
-def make_general(corpus, config):
-    return lambda config: general_path(Attamba(config))
-
-
 def released_mixing(config):
     """The released code's fault: each token's position inside its chunk is passed as the kernel's seq_idx,
     "which sequence". Tokens interact only where it is equal, so token t meets t - P, t - 2P, ... and
@@ -164,6 +153,11 @@ def changed(*changes):
     return lambda corpus, config: make
 
 
+def general(attention):
+    """Chunk ends as a mask, so that patched functions are called and not the kernels."""
+    attention.first = None
+
+
 class NormedQuery:
     def forward(self, x):
         return self.norm(super().forward(x).unflatten(-1, (-1, self.norm.normalized_shape[0]))).flatten(-2)
@@ -213,5 +207,4 @@ class Sink:
 
 def sink(attention):
     """The first token always ends a chunk, so that every query sees it."""
-    mix(attention, Sink)
-    attention.first = None
+    mix(attention, Sink), general(attention)
