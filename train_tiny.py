@@ -86,7 +86,7 @@ def preset_layers(n: int, gpu: bool) -> dict:
     if gpu:
         return dict(kv="linear+ssm", chunk_size=tuple(8 if m else None for m in middle),
                     leading_tokens=tuple(None if m else 63 for m in middle))
-    return dict(kv="linear+ssm", chunk_size=tuple(2 if m else None for m in middle), leading_tokens=48)
+    return dict(kv="linear+ssm", chunk_size=tuple(2 if m else None for m in middle), leading_tokens=16)
 
 
 COMPILE = {"comprehensive_padding": False}  # padded rows would be copied again before the SSM kernel
