@@ -69,7 +69,7 @@ NAMES = {"transformer-parameters=p8": ("7 % more parameters", "left"), "transfor
          "window-ssm-keep": ("windows, SSMs never reset (19 % more)", "left"), "pseudo-chunk-p8": ("8, all (pseudo-chunking)", "left"),
          "attamba-p8-l64-uniform": ("8, 64, uniform", "right"), "attamba-p8-l64-random": ("8, 64, random", "right"),
          "attamba-p8-l64-keep-wk-wv": ("8, 64, W_K and W_V kept", "left"), "attamba-p8-l64-state128": ("8, 64, state 128", "right"),
-         "attamba-p8-l8-uniform": ("8, 8, uniform", "right"), "attamba-p8-l8-released-mixing": ("8, 8, the released code's fault", "below"),
+         "attamba-p8-l8-uniform": ("8, 8, uniform", "right"), "attamba-p8-l8-released-mixing": ("8, 8, the released code's mixing", "below"),
          "attamba-p16-l64": ("16, 64", "left"), "attamba-p16-l8": ("16, 8", "left"), "attamba-p4-l8": ("4, 8", "below"),
          "attamba-p8-l64": ("8, 64", "right"), "attamba-p8-l8": ("8, 8", "right"), "attamba-p4-l64": ("4, 64", "right")}
 SIDES = dict(left=dict(xytext=(-6, -3), ha="right"), right=dict(xytext=(5, 3)), below=dict(xytext=(0, -12), ha="center"))

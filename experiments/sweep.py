@@ -355,7 +355,8 @@ def main():
             raise UserError(f"unknown group {', '.join(unknown)}")
         wanted = [r for g in a.groups for r in wanted if r.group == g]
     if a.laptop:
-        wanted = [dataclasses.replace(r, seeds=(0, 1), lr=TrainConfig.lr) for r in wanted if r.seq_len == 1024 // scale["shrink"] and r.corpus == "python"]
+        wanted = [dataclasses.replace(r, seeds=(0, 1), lr=TrainConfig.lr) for r in wanted
+                  if r.seq_len == 1024 // scale["shrink"] and r.corpus == "python" and r.group != "lr"]
     for row in wanted:
         row.model = {**scale["shape"], **(row.model() if callable(row.model) else row.model)}
     if a.groups == ["list"]:
@@ -368,8 +369,7 @@ def main():
         rows_a_step = max(1, scale["tokens_per_step"] // row.seq_len)
         steps = max(1, round((a.steps or scale["steps"]) * row.part))
         options = TrainConfig(device=device, steps=steps, batch_size=rows_a_step, seq_len=row.seq_len, warmup=min(100, steps // 10), seed=seed,
-                              lr=a.lr or row.lr, save_every=400,
-                              eval_tokens=scale["eval_tokens"])
+                              lr=a.lr or row.lr, save_every=400, eval_tokens=scale["eval_tokens"])
         tokens = steps * rows_a_step * row.seq_len
         ident = (row.name, text.fingerprint, tokens, seed, row.seq_len, options.lr)
         if ident in map(key, results):
