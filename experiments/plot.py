@@ -60,7 +60,7 @@ LABELS = dict(transformer="transformer", window="transformer, sliding window", n
               strided="strided attention, no SSM", layout="transformer, one full layer and windows", attamba="Attamba (P, L), 8 % more parameters", other="SSMs in other settings")
 
 
-# What is written beside a point, and on which side there is room for it.
+# What is written beside a point, and on which side there is room for it; beside Attamba's others, P and L on the right.
 NAMES = {"transformer-parameters=p8": ("7 % more parameters", "left"), "transformer-parameters=ssm-keep": ("19 % more parameters", "left"),
          "gqa=p8-l64": ("2 of 8 key heads", "left"), "thin-heads=p8-l64": ("8 heads of 14 channels", "left"),
          "one-full-layer-rest-window-gqa": ("one full layer, windows, 2 of 8 key heads", "right"),
@@ -70,8 +70,7 @@ NAMES = {"transformer-parameters=p8": ("7 % more parameters", "left"), "transfor
          "attamba-p8-l64-uniform": ("8, 64, uniform", "right"), "attamba-p8-l64-random": ("8, 64, random", "right"),
          "attamba-p8-l64-keep-wk-wv": ("8, 64, W_K and W_V kept", "left"), "attamba-p8-l64-state128": ("8, 64, state 128", "right"),
          "attamba-p8-l8-uniform": ("8, 8, uniform", "right"), "attamba-p8-l8-released-mixing": ("8, 8, the released code's mixing", "below"),
-         "attamba-p16-l64": ("16, 64", "left"), "attamba-p16-l8": ("16, 8", "left"), "attamba-p4-l8": ("4, 8", "below"),
-         "attamba-p8-l64": ("8, 64", "right"), "attamba-p8-l8": ("8, 8", "right"), "attamba-p4-l64": ("4, 64", "right")}
+         "attamba-p16-l64": ("16, 64", "left"), "attamba-p16-l8": ("16, 8", "left"), "attamba-p4-l8": ("4, 8", "below")}
 SIDES = dict(left=dict(xytext=(-6, -3), ha="right"), right=dict(xytext=(5, 3)), below=dict(xytext=(0, -12), ha="center"))
 
 
@@ -97,8 +96,8 @@ def kv_perplexity():
         axes.plot(x, y, linestyle="-" if series == "window" else "none", marker="o", markersize=4 if series == "other" else 6,
                   color=COLOURS[series], label=LABELS[series])
         for i, label in enumerate(names):
-            if label in NAMES:
-                text, side = NAMES[label]
+            if label in NAMES or series == "attamba":
+                text, side = NAMES.get(label) or (", ".join(part[1:] for part in label.split("-")[1:]), "right")
                 axes.annotate(text, (x[i], y[i]), **SIDES[side], textcoords="offset points", fontsize=8, color=COLOURS[series])
     axes.set(xscale="log", xlabel="KV cache of one sequence, MB (allocated, SSM states included)", ylabel="held-out perplexity",
              title="Python source, 1024 tokens of context")

@@ -132,6 +132,10 @@ def rows(shape, shrink=1):
         hidden = range(16, 16 * shape["dim"], 16)
         return lambda: dict(transformer, hidden_dim=fitted(hidden, lambda h: parameters(config(**transformer, hidden_dim=h)), parameters(config(**like))))
 
+    def patched(patch, *changes):
+        """A row whose functions are swapped takes the path that calls them."""
+        return dict(variant=V.changed(V.general, *changes), patch=patch)
+
     n, table = shape["n_layers"], []
     s1, s4 = 1024 // shrink, 4096 // shrink
     main = attamba(8, 64 // shrink)
@@ -151,7 +155,7 @@ def rows(shape, shrink=1):
     add("claims", "window=p8-l64", equal_window(main, s1), **two)
     add("claims", "attamba-p8-l8", attamba(8, l8))
     add("claims", "window=p8-l8", equal_window(attamba(8, l8), s1))
-    add("claims", "attamba-p8-l8-released-mixing", attamba(8, l8), variant=V.changed(V.general), patch=V.released_mixing)
+    add("claims", "attamba-p8-l8-released-mixing", attamba(8, l8), **patched(V.released_mixing))
     add("claims", "pseudo-chunk-p8", attamba(8, None))
     add("claims", "transformer-parameters=p8", equal_parameters(main))
     add("claims", "strided-p8-l64", attamba(8, l64, kv="linear"))
@@ -169,7 +173,7 @@ def rows(shape, shrink=1):
     add("claims", "attamba-p16-l8", attamba(16, l8))
     add("claims", "attamba-p8-l128", attamba(8, l128))
     add("claims", "attamba-p64-l64", attamba(64, l64))
-    add("claims", "attamba-p8-l64-released-mixing", attamba(8, l64), variant=V.changed(V.general), patch=V.released_mixing)
+    add("claims", "attamba-p8-l64-released-mixing", attamba(8, l64), **patched(V.released_mixing))
     add("claims", "attamba-p8-l8-uniform", attamba(8, l8, chunking="uniform"))
 
     for name, model in (("transformer", transformer), ("attamba-p8-l64", main), ("window=p8-l64", equal_window(main, s4)),
@@ -200,19 +204,18 @@ def rows(shape, shrink=1):
         add("open", name, equal_layers(main, s1, sizes, **changes))
         add("open4096", name, equal_layers(main, s4, sizes, **changes), seq_len=s4)
 
-    layered("one-full-layer-rest-window", lambda L: whole(L, None), kv="linear")
     keep = dict(kv="linear+ssm", chunk_size=None)
-    wider = lambda: dict(hidden_dim=equal_parameters(keep)()["hidden_dim"])                 # what the SSMs' parameters would do elsewhere
+    layout = lambda S: equal_layers(main, S, lambda L: whole(L, None), kv="linear")
     for group, S, text in (("open", s1, "python"), ("open4096", s4, "python"), ("english", s1, "english")):
-        layout = equal_layers(main, S, lambda L: whole(L, None), kv="linear")
-        add(group, "transformer-parameters=ssm-keep", lambda: dict(transformer, **wider()), seq_len=S, corpus=text)
-        add(group, "one-full-layer-rest-window-parameters=ssm-keep", lambda layout=layout: dict(layout(), **wider()), seq_len=S, corpus=text)
-    layout = equal_layers(main, s1, lambda L: whole(L, None), kv="linear")
+        at = dict(seq_len=S, corpus=text)
+        add(group, "one-full-layer-rest-window", layout(S), **at)
+        add(group, "transformer-parameters=ssm-keep", equal_parameters(keep), **at)         # what the SSMs' parameters would do elsewhere
+        add(group, "one-full-layer-rest-window-parameters=ssm-keep",
+            lambda S=S: dict(layout(S)(), hidden_dim=equal_parameters(keep)()["hidden_dim"]), **at)
     beside = equal_layers(main, s1, whole, kv="linear+ssm")                                 # the layout with SSMs beside W_K and W_V
-    add("english", "one-full-layer-rest-window", layout, corpus="english")
     add("english", "one-full-layer-rest-window-ssm-keep", beside, corpus="english")
     few = dict(n_kv_heads=max(1, shape["n_heads"] // 4))                                    # as many entries, a quarter of the bytes
-    add("open", "one-full-layer-rest-window-gqa", lambda: dict(layout(), **few))
+    add("open", "one-full-layer-rest-window-gqa", lambda: dict(layout(s1)(), **few))
     add("open", "one-full-layer-rest-window-ssm-keep-gqa", lambda: dict(beside(), **few))
     add("open", "full-attention-ssm-keep", dict(keep, leading_tokens=None))                 # and the SSMs without a smaller cache
     for kv, note in (("linear+ssm", "-keep"), ("ssm", "")):
@@ -222,13 +225,13 @@ def rows(shape, shrink=1):
         layered("every-other-layer-p4-window-ssm" + note, lambda L: [(4 if i % 2 else None, L) for i in range(n)], kv=kv)
         layered("window-ssm" + note, lambda L: [(None, L)] * n, kv=kv)
     for name, model, more in (
-            ("no-reset", main, dict(variant=V.changed(V.general), patch=V.no_reset)),
-            ("phase-per-head", attamba(8, l64, chunking="uniform"), dict(variant=V.changed(V.general), patch=V.phase_per_head)),
+            ("no-reset", main, patched(V.no_reset)),
+            ("phase-per-head", attamba(8, l64, chunking="uniform"), patched(V.phase_per_head)),
             ("qk-norm", main, dict(variant=V.changed(V.qk_norm))),
             ("qk-norm-transformer", transformer, dict(variant=V.changed(V.qk_norm))),
             ("qk-norm-window", equal_window(main, s1), dict(variant=V.changed(V.qk_norm))),
-            ("qk-norm-no-reset", main, dict(variant=V.changed(V.qk_norm, V.general), patch=V.no_reset)),
-            ("qk-norm-one-full-layer-rest-window", layout, dict(variant=V.changed(V.qk_norm))),
+            ("qk-norm-no-reset", main, patched(V.no_reset, V.qk_norm)),
+            ("qk-norm-one-full-layer-rest-window", layout(s1), dict(variant=V.changed(V.qk_norm))),
             ("qk-norm-two-layers-p2-rest-window-ssm-keep", equal_layers(main, s1, quarter, kv="linear+ssm"), dict(variant=V.changed(V.qk_norm))),
             ("qk-norm-one-full-layer-rest-window-ssm-keep", beside, dict(variant=V.changed(V.qk_norm))),
             ("ssm-norm", main, dict(variant=V.changed(V.ssm_norm))),
