@@ -66,11 +66,12 @@ NAMES = {"transformer-parameters=p8": ("7 % more parameters", "left"), "transfor
          "one-full-layer-rest-window-gqa": ("one full layer, windows, 2 of 8 key heads", "right"),
          "one-full-layer-rest-window-parameters=ssm-keep": ("19 % more parameters", "left"),
          "one-full-layer-rest-window-ssm-keep": ("one full layer, windows, SSMs (19 % more parameters)", "right"),
+         "two-layers-p2-rest-window-ssm-keep": ("two layers P 2, windows, SSMs (19 %)", "left"),
          "window-ssm-keep": ("windows, SSMs never reset (19 % more)", "left"), "pseudo-chunk-p8": ("8, all (pseudo-chunking)", "left"),
          "attamba-p8-l64-uniform": ("8, 64, uniform", "right"), "attamba-p8-l64-random": ("8, 64, random", "right"),
          "attamba-p8-l64-keep-wk-wv": ("8, 64, W_K and W_V kept", "left"), "attamba-p8-l64-state128": ("8, 64, state 128", "right"),
          "attamba-p8-l8-uniform": ("8, 8, uniform", "right"), "attamba-p8-l8-released-mixing": ("8, 8, the released code's mixing", "below"),
-         "attamba-p16-l64": ("16, 64", "left"), "attamba-p16-l8": ("16, 8", "left"), "attamba-p4-l8": ("4, 8", "below")}
+         "attamba-p8-l128": ("8, 128", "left"), "attamba-p16-l64": ("16, 64", "left"), "attamba-p16-l8": ("16, 8", "left"), "attamba-p4-l8": ("4, 8", "below")}
 SIDES = dict(left=dict(xytext=(-6, -3), ha="right"), right=dict(xytext=(5, 3)), below=dict(xytext=(0, -12), ha="center"))
 
 
@@ -106,6 +107,37 @@ def kv_perplexity():
     axes.minorticks_off()
     axes.legend(fontsize=8.5)
     save(figure, "kv_perplexity")
+
+
+def smooth_transition():
+    """Two sets of weights at other P and L than in training, beside models trained there (the mean over seeds). Python
+    source, 1,024 tokens of context; what lies above the axis is in the README's table."""
+    rows = [r for r in read("sweep") if r["seq_len"] == 1024 and r["group"] in ("claims", "smooth") and r["config"]["lr"] == 2e-3]
+    moved = {r["name"]: r["transfer"] for r in rows if "transfer" in r}
+    if not moved:
+        return
+    place = lambda value: 1024 if value is None else value
+    full = [r["perplexity"] for r in rows if r["name"] == "transformer"]
+    figure, axes = plt.subplots(1, 2, figsize=(7.4, 3.3), sharey=True)
+    for axis, knob, field, fixed, ticks in ((axes[0], "P", "chunk_size", dict(L=64), (1, 2, 4, 8, 16, 32, 64, 128)),
+                                            (axes[1], "L", "leading_tokens", dict(P=8), (8, 16, 32, 64, 128, 256, 1024))):
+        for name, colour, label in (("attamba-p8-l64", COLOURS["attamba"], "trained at P 8, L 64"),
+                                    ("attamba-random-p-l64", COLOURS["narrowed"], "trained with P drawn from 2, 4, ..., 64")):
+            points = sorted((place(t[knob]), t["perplexity"]) for t in moved.get(name, ()) if fixed.items() <= t.items() and t["chunking"] == "cyclic")
+            axis.plot(*zip(*points), "o-", markersize=4, color=colour, label=label)
+        there = defaultdict(list)
+        for r in rows:
+            at = dict(P=r["config"]["chunk_size"], L=r["config"]["leading_tokens"])
+            if (family(r) == "attamba" or r["name"].startswith("pseudo-chunk")) and fixed.items() <= at.items():
+                there[place(at[knob])].append(r["perplexity"])
+        axis.plot(list(there), [sum(v) / len(v) for v in there.values()], "x", markersize=7, color=INK, label="trained at this P and L")
+        axis.axhline(sum(full) / len(full), color=COLOURS["transformer"], linewidth=1, linestyle="--", label="transformer")
+        axis.set(xscale="log", ylim=(4.8, 7.3), xlim=(0.8 * ticks[0], 1.25 * ticks[-1]), xlabel=f"{knob} at evaluation")
+        axis.set_xticks(ticks, ["all" if t == 1024 else str(t) for t in ticks])
+        axis.minorticks_off()
+    axes[0].set(ylabel="held-out perplexity", title="L 64"), axes[1].set(title="P 8")
+    axes[1].legend(fontsize=8)
+    save(figure, "smooth_transition")
 
 
 def speed_context():
@@ -190,7 +222,7 @@ def mask():
 
 
 def main():
-    kv_perplexity(), speed_context(), recall(), mask()
+    kv_perplexity(), smooth_transition(), speed_context(), recall(), mask()
 
 
 if __name__ == "__main__":
