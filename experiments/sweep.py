@@ -399,13 +399,13 @@ def main():
 
 
 def show(wanted, results):
-    print(f"{'group':<11}{'name':<34}{'S':>6}{'parameters':>12}{'entries':>9}{'KV bytes':>12}   seeds done, perplexity")
+    print(f"{'group':<11}{'name':<48}{'S':>6}{'parameters':>12}{'entries':>9}{'KV bytes':>12}   seeds done, perplexity")
     for row in wanted:
         config = AttambaConfig(**row.model)
         entries, nbytes = (float("nan"), 0) if row.chunk_mean else kv_cost(config, row.seq_len, row.variant)
         done = [f"{r['seed']}: {r['perplexity'] or float('nan'):.3f}" + f" at {r['config']['lr']:g}" * (r["config"]["lr"] != row.lr)
                 for r in results if (r["name"], r["seq_len"], r["group"]) == (row.name, row.seq_len, row.group)]
-        print(f"{row.group:<11}{row.name:<34}{row.seq_len:>6}{parameters(config):>12,}{entries:>9.1f}{nbytes:>12,}   "
+        print(f"{row.group:<11}{row.name:<48}{row.seq_len:>6}{parameters(config):>12,}{entries:>9.1f}{nbytes:>12,}   "
               f"{', '.join(done) or '-'}")
 
 
