@@ -119,8 +119,8 @@ def smooth_transition():
     place = lambda value: 1024 if value is None else value
     full = [r["perplexity"] for r in rows if r["name"] == "transformer"]
     figure, axes = plt.subplots(1, 2, figsize=(7.4, 3.3), sharey=True)
-    for axis, knob, field, fixed, ticks in ((axes[0], "P", "chunk_size", dict(L=64), (1, 2, 4, 8, 16, 32, 64, 128)),
-                                            (axes[1], "L", "leading_tokens", dict(P=8), (8, 16, 32, 64, 128, 256, 1024))):
+    for axis, knob, fixed, ticks in ((axes[0], "P", dict(L=64), (1, 2, 4, 8, 16, 32, 64, 128)),
+                                     (axes[1], "L", dict(P=8), (8, 16, 32, 64, 128, 256, 1024))):
         for name, colour, label in (("attamba-p8-l64", COLOURS["attamba"], "trained at P 8, L 64"),
                                     ("attamba-random-p-l64", COLOURS["narrowed"], "trained with P drawn from 2, 4, ..., 64")):
             points = sorted((place(t[knob]), t["perplexity"]) for t in moved.get(name, ()) if fixed.items() <= t.items() and t["chunking"] == "cyclic")
