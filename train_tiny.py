@@ -74,19 +74,16 @@ class TrainConfig:
 
 # What a device gets when nothing is said on the command line.
 PRESETS = {
-    "cpu": dict(dim=128, n_layers=4, n_heads=4),
-    "cuda": dict(dim=512, n_layers=8, n_heads=8, seq_len=1024, batch_size=64, steps=900, lr=2e-3, warmup=100),
+    "cpu": dict(dim=128, n_layers=4, n_heads=4, kv="linear+ssm", leading_tokens=16),
+    "cuda": dict(dim=512, n_layers=8, n_heads=8, kv="linear+ssm", leading_tokens=64,
+                 seq_len=1024, batch_size=64, steps=900, lr=2e-3, warmup=100),
 }
 
-def preset_layers(n: int, gpu: bool) -> dict:
-    """Which keys and values n layers keep, if nothing is said. W_K and W_V are kept. The layer in the middle sees every
-    second token (on a GPU every token, the layout that measured best there: README) and resets its SSMs; the others
-    have a window and SSMs that never forget. The cache grows as with P 8 for 4 layers (on a GPU, 8)."""
-    middle = [i == n // 2 for i in range(n)]
-    if gpu:
-        return dict(kv="linear+ssm", chunk_size=tuple(8 if m else None for m in middle),
-                    leading_tokens=tuple(None if m else 63 for m in middle))
-    return dict(kv="linear+ssm", chunk_size=tuple(2 if m else None for m in middle), leading_tokens=16)
+def preset_chunks(n_layers: int) -> tuple:
+    """P of each layer, if nothing is said: the layout that measured best without a layer that keeps everything (README).
+    The last layer, and every fourth before it, keeps chunks of two tokens; the others have a window, and SSMs that
+    never forget. The cache grows as with P 8 in every layer."""
+    return tuple(2 if i % 4 == 0 else None for i in reversed(range(n_layers)))
 
 
 COMPILE = {"comprehensive_padding": False}  # padded rows would be copied again before the SSM kernel
@@ -463,9 +460,8 @@ def parse_arguments():
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"no device {device!r}: {str(e).splitlines()[0]}")
     saved = {**resume["config"], **resume["train"]} if resume else {}
-    gpu = device.startswith("cuda")
-    values = {**PRESETS["cuda" if gpu else "cpu"], **saved, **given, "device": device}
-    values = {**preset_layers(values["n_layers"], gpu), **values}
+    values = {**PRESETS["cuda" if device.startswith("cuda") else "cpu"], **saved, **given, "device": device}
+    values.setdefault("chunk_size", preset_chunks(values["n_layers"]))
     options = TrainConfig(**{f.name: values.pop(f.name) for f in dataclasses.fields(TrainConfig) if f.name in values})
     corpus = load_corpus(options)
     return AttambaConfig(**{**values, "vocab_size": corpus.tokenizer.vocab_size}), options, corpus, resume
