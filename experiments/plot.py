@@ -21,7 +21,8 @@ from attamba import AttambaConfig, attention_mask, chunk_ends  # noqa: E402
 
 RESULTS, ASSETS = ROOT / "experiments/results", ROOT / "assets"
 INK, GRID = "#24292f", "#d8dee4"
-COLOURS = dict(transformer="#57606a", window="#0969da", narrowed="#8250df", strided="#bf8700", layout="#1a7f37", attamba="#cf222e", other="#e0727a")
+COLOURS = dict(transformer="#57606a", window="#0969da", narrowed="#8250df", strided="#bf8700", layout="#1a7f37", attamba="#cf222e",
+               chunked="#6e0b1e", other="#e0727a")
 plt.rcParams.update({  # an opaque light card: it reads the same on a light and on a dark page
     "figure.facecolor": "#fbfcfd", "axes.facecolor": "#fbfcfd", "savefig.facecolor": "#fbfcfd", "text.color": INK, "axes.labelcolor": INK,
     "axes.edgecolor": GRID, "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "grid.color": GRID, "axes.axisbelow": True,
@@ -44,6 +45,8 @@ def save(figure, name):
 def family(row):
     """Which series a trained model belongs to."""
     name = row["name"].partition("-parameters=")[0]                 # a baseline with as many parameters as another row
+    if name.startswith("two-layers"):
+        return "chunked"
     if "ssm" in name:
         return "other"
     if name.startswith("one-full-layer"):
@@ -57,7 +60,8 @@ def family(row):
 
 
 LABELS = dict(transformer="transformer", window="transformer, sliding window", narrowed="transformer, narrowed keys and values",
-              strided="strided attention, no SSM", layout="transformer, one full layer and windows", attamba="Attamba (P, L), 8 % more parameters", other="SSMs in other settings")
+              strided="strided attention, no SSM", layout="transformer, one full layer and windows", attamba="Attamba (P, L), 8 % more parameters",
+              chunked="Attamba, chunks in two layers of eight", other="SSMs in other settings")
 
 
 # What is written beside a point, and on which side there is room for it; beside Attamba's others, P and L on the right.
@@ -65,14 +69,14 @@ NAMES = {"transformer-parameters=p8": ("7 % more parameters", "left"), "transfor
          "gqa=p8-l64": ("2 of 8 key heads", "left"), "thin-heads=p8-l64": ("8 heads of 14 channels", "left"),
          "one-full-layer-rest-window-gqa": ("one full layer, windows, 2 of 8 key heads", "right"),
          "one-full-layer-rest-window-parameters=ssm-keep": ("19 % more parameters", "left"),
-         "one-full-layer-rest-window-ssm-keep": ("one full layer, windows, SSMs (19 % more parameters)", "right"),
-         "two-layers-p2-rest-window-ssm-keep": ("two layers P 2, windows, SSMs (19 %)", "left"),
+         "one-full-layer-rest-window-ssm-keep": ("one full layer, windows, SSMs (19 % more)", "low"),
+         "two-layers-p2-rest-window-ssm": ("P 2 in two layers, windows (8, 19 % more)", "left"),
          "window-ssm-keep": ("windows, SSMs never reset (19 % more)", "left"), "pseudo-chunk-p8": ("8, all (pseudo-chunking)", "left"),
          "attamba-p8-l64-uniform": ("8, 64, uniform", "right"), "attamba-p8-l64-random": ("8, 64, random", "right"),
          "attamba-p8-l64-keep-wk-wv": ("8, 64, W_K and W_V kept", "left"), "attamba-p8-l64-state128": ("8, 64, state 128", "right"),
          "attamba-p8-l8-uniform": ("8, 8, uniform", "right"), "attamba-p8-l8-released-mixing": ("8, 8, the released code's mixing", "below"),
          "attamba-p8-l128": ("8, 128", "left"), "attamba-p16-l64": ("16, 64", "left"), "attamba-p16-l8": ("16, 8", "left"), "attamba-p4-l8": ("4, 8", "below")}
-SIDES = dict(left=dict(xytext=(-6, -3), ha="right"), right=dict(xytext=(5, 3)), below=dict(xytext=(0, -12), ha="center"))
+SIDES = dict(left=dict(xytext=(-6, -3), ha="right"), right=dict(xytext=(5, 3)), low=dict(xytext=(6, -5)), below=dict(xytext=(0, -12), ha="center"))
 
 
 def kv_perplexity():
@@ -105,7 +109,7 @@ def kv_perplexity():
     ticks = [t for t in (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70) if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
     axes.set_xticks(ticks, [str(t) for t in ticks])
     axes.minorticks_off()
-    axes.legend(fontsize=8.5)
+    axes.legend(fontsize=8)
     save(figure, "kv_perplexity")
 
 
