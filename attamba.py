@@ -275,8 +275,8 @@ class AttambaAttention(nn.Module):
         """x (b, l, d) -> (b, l, d). boundaries: bool (b, l) or (1, l), default config.chunking.
         cache: from new_cache; x continues it and it advances in place, without gradients. rope: cos and
         sin (l, head_dim), or (b, l, head_dim), of these l positions as from rope_angles (one table can serve
-        all layers); default: made here; False: none, for a model that adds positions of its own.
-        Raises ValueError for an empty x, a mask or a cache that does not fit."""
+        all layers); None or True: made here; False: none, for a model that adds positions of its own.
+        Raises ValueError for an empty x, a mask, angles or a cache that do not fit."""
         if cache is not None and torch.is_grad_enabled():
             with torch.no_grad():
                 return self.forward(x, boundaries, cache, rope)
@@ -293,7 +293,7 @@ class AttambaAttention(nn.Module):
         q = self.wq(x).unflatten(-1, (c.n_heads, c.head_dim))                     # (b, l, heads, head_dim)
         k, v = (t.unflatten(-1, (c.n_kv_heads, c.head_dim)) for t in self.keys_values(x, ends, first, cache))
         dtype = q.dtype
-        if rope is None:
+        if rope is None or rope is True:
             rope = rope_angles(start, l, c.head_dim, c.rope_theta, x.device)
         if rope is not False:
             q, k = rotate(q, *rope), rotate(k, *rope)
@@ -693,7 +693,11 @@ def rope_angles(start: int, length: int, head_dim: int, theta: float, device) ->
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channel pairs (i, i + head_dim / 2) of x (b, l, heads, head_dim) by the angles (l, head_dim) [3]."""
+    """Turn the channel pairs (i, i + head_dim / 2) of x (b, l, heads, head_dim) by angles (l, head_dim) or (b, l, head_dim) [3].
+    Raises ValueError for angles of another shape, which broadcasting might hide."""
+    if cos.shape[-2:] != (x.shape[1], x.shape[-1]) or sin.shape != cos.shape:
+        raise ValueError(f"rope must be cos and sin of shape ({x.shape[1]}, {x.shape[-1]}), one row for each position of this "
+                         f"call, but got {tuple(cos.shape)} and {tuple(sin.shape)}")
     left, right = x.chunk(2, -1)
     return x * cos.unsqueeze(-2) + torch.cat([-right, left], -1) * sin.unsqueeze(-2)
 
@@ -713,7 +717,8 @@ class LayerCache:
         _require("max_chunks", max_chunks, max_chunks is None or max_chunks >= 0, "at least 0, or None")
         c, b, L, weight = attention.config, batch_size, attention.config.leading_tokens, attention.wq.weight
         like = dict(dtype=weight.dtype, device=weight.device)
-        self.config, self.max_len, self.position = c, max_len, 0                   # position: tokens seen so far
+        self.config, self.layer, self.max_len = c, int(attention.layer), max_len
+        self.position = 0                                                          # tokens seen so far
         self.window = W = max_len if L is None else min(L + 1, max_len)
         self.rule_fits = max_chunks is None            # enough for max_len tokens cut by config.chunking, while no mask is used
         if max_chunks is None:  # only a token that has left the window needs an entry
@@ -743,9 +748,9 @@ class LayerCache:
     def check(self, attention: AttambaAttention, rows: int, length: int, boundaries: Optional[Tensor] = None) -> None:
         """Raises ValueError unless this cache was made for that layer and has room for `length` more tokens, whose
         chunks end by boundaries (b or 1, length) or by the layer's rule. Changes nothing."""
-        if self.kv.shape[1] != rows or self.config != attention.config:
-            raise ValueError(f"this cache was made for batch size {self.kv.shape[1]} and {self.config}, "
-                             f"but it is used with batch size {rows} and {attention.config}")
+        if (self.kv.shape[1], self.layer, self.config) != (rows, int(attention.layer), attention.config):
+            raise ValueError(f"this cache was made for batch size {self.kv.shape[1]}, layer {self.layer} of {self.config}, "
+                             f"but it is used with batch size {rows}, layer {attention.layer} of {attention.config}")
         if self.position + length > self.max_len:
             raise ValueError(f"the cache is full: it holds {self.position} tokens, {length} more were given, "
                              f"and max_len is {self.max_len}")

@@ -540,7 +540,7 @@ def test_a_mask_may_take_the_entries_that_the_rule_needs(n):
 def test_a_layer_alone_decodes():
     """As in somebody else's model: its own cache, with RoPE or without."""
     tables = attamba.rope_angles(0, 20, 8, 1e4, "cpu")
-    for rope in (None, False):
+    for rope in (None, True, False):
         layer, x = AttambaAttention(small(), 1).double(), torch.randn(2, 20, 16, dtype=torch.float64)
         close(in_calls(layer, x, [7, 1, 1, 5, 6], rope=rope), layer(x, rope=rope), 1e-9)
     close(layer(x, rope=tables), layer(x), 1e-9)
@@ -552,8 +552,10 @@ def test_a_layer_alone_decodes():
     assert not any(t.requires_grad for t in (cache.kv, cache.h, cache.conv))
     refuses(lambda x: layer(x, cache=cache), "cache is full", x[:, 5:])
     refuses(lambda x: layer(x, cache=cache), "batch size 2", x[:1, :1])
-    foreign = AttambaAttention(small(leading_tokens=5), 1).new_cache(2, 20)
-    refuses(lambda cache: layer(x, cache=cache), "cache was made for", foreign)
+    foreign = AttambaAttention(small(leading_tokens=5), 1).new_cache(2, 20), AttambaAttention(small(), 0).new_cache(2, 20)
+    refuses(lambda cache: layer(x, cache=cache), "cache was made for", *foreign)
+    refuses(lambda rope: layer(x[:, :2], rope=rope), "rope must be cos and sin of shape .2, 8.",
+            [t[:1] for t in tables], tables, [t[:2, :1] for t in tables], (tables[0][:2], tables[1][:1]))
     refuses(lambda mask: layer(x, mask), "boundaries must be bool of shape .1 or 2, 20.",
             torch.zeros(1, 20), torch.zeros(3, 20).bool())
     refuses(layer, "x must be of shape", x[:, :0], x[0])
