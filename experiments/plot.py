@@ -60,17 +60,17 @@ def family(row):
 
 
 LABELS = dict(transformer="transformer", window="transformer, sliding window", narrowed="transformer, narrowed keys and values",
-              strided="strided attention, no SSM", layout="transformer, one full layer and windows", attamba="Attamba (P, L), 8 % more parameters",
-              chunked="Attamba, chunks in two layers of eight", other="SSMs in other settings")
+              strided="strided attention, no SSM", layout="transformer, one full layer", attamba="Attamba (P, L), 8 % more parameters",
+              chunked="two chunked layers of eight", other="SSMs in other settings")
 
 
 # What is written beside a point, and on which side there is room for it; beside Attamba's others, P and L on the right.
 NAMES = {"transformer-parameters=p8": ("7 % more parameters", "left"), "transformer-parameters=ssm-keep": ("19 % more parameters", "left"),
          "gqa=p8-l64": ("2 of 8 key heads", "left"), "thin-heads=p8-l64": ("8 heads of 14 channels", "left"),
-         "one-full-layer-rest-window-gqa": ("one full layer, windows, 2 of 8 key heads", "right"),
+         "one-full-layer-rest-window-gqa": ("one full layer, 2 of 8 key heads", "right"),
          "one-full-layer-rest-window-parameters=ssm-keep": ("19 % more parameters", "left"),
-         "one-full-layer-rest-window-ssm-keep": ("one full layer, windows, SSMs (19 % more)", "low"),
-         "two-layers-p2-rest-window-ssm": ("P 2 in two layers, windows (8, 19 % more)", "left"),
+         "one-full-layer-rest-window-ssm-keep": ("one full layer + SSMs (19 % more)", "low"),
+         "two-layers-p2-rest-window-ssm": ("two chunked layers (8, 19 % more parameters)", "left"),
          "window-ssm-keep": ("windows, SSMs never reset (19 % more)", "left"), "pseudo-chunk-p8": ("8, all (pseudo-chunking)", "left"),
          "attamba-p8-l64-uniform": ("8, 64, uniform", "right"), "attamba-p8-l64-random": ("8, 64, random", "right"),
          "attamba-p8-l64-keep-wk-wv": ("8, 64, W_K and W_V kept", "left"), "attamba-p8-l64-state128": ("8, 64, state 128", "right"),
