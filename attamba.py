@@ -71,9 +71,9 @@ class AttambaConfig:
     "ssm"         None        L                SSMs over the whole sequence, sliding window
     "linear+ssm"  P           L                W_K and W_V kept: k = W_K a + SSM_K(W_K a) [1, ablation]
 
-    chunk_size and leading_tokens may also be tuples with a value for each layer: chunk_size=(None, None, None, 2) * 2 is
-    what measured best. What is None by default is filled in at once: dataclasses.replace(config, dim=...) keeps the old
-    head_dim, hidden_dim, ...
+    chunk_size and leading_tokens may also be tuples with a value for each layer; of those tried for 8 layers,
+    chunk_size=(None, None, None, 2) * 2 is the best. What is None by default is filled in at once:
+    dataclasses.replace(config, dim=...) keeps the old head_dim, hidden_dim, ...
     Raises ValueError for a value out of range, naming the field and what is allowed.
     """
     vocab_size: int                            # number of token ids
@@ -693,7 +693,7 @@ def rope_angles(start: int, length: int, head_dim: int, theta: float, device) ->
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channel pairs (i, i + head_dim / 2) of x (b, l, heads, head_dim) by angles (l, head_dim) or (b, l, head_dim) [3].
+    """Turn the channel pairs (i, i + head_dim / 2) of x (b, l, heads, head_dim) by angles ([b,] l, head_dim) [3].
     Raises ValueError for angles of another shape, which broadcasting might hide."""
     if cos.shape[-2:] != (x.shape[1], x.shape[-1]) or sin.shape != cos.shape:
         raise ValueError(f"rope must be cos and sin of shape ({x.shape[1]}, {x.shape[-1]}), one row for each position of this "
