@@ -79,6 +79,7 @@ PRESETS = {
                  seq_len=1024, batch_size=64, steps=900, lr=2e-3, warmup=100),
 }
 
+
 def preset_chunks(n_layers: int) -> tuple:
     """P of each layer, if nothing is said: what measured best (README). The last layer, and every fourth before it, keeps
     chunks of two tokens; the others have a window, and SSMs that are never reset. The cache grows as with P 8."""
