@@ -71,9 +71,9 @@ class AttambaConfig:
     "ssm"         None        L                SSMs over the whole sequence, sliding window
     "linear+ssm"  P           L                W_K and W_V kept: k = W_K a + SSM_K(W_K a) [1, ablation]
 
-    chunk_size and leading_tokens may also be tuples with a value for each layer; of those tried for 8 layers,
-    chunk_size=(None, None, None, 2) * 2 is the best. What is None by default is filled in at once:
-    dataclasses.replace(config, dim=...) keeps the old head_dim, hidden_dim, ...
+    chunk_size and leading_tokens may also be tuples with a value for each layer: for 8 layers
+    chunk_size=(None, None, None, 2) * 2 measured better than one P for all. What is None by default is filled in
+    at once: dataclasses.replace(config, dim=...) keeps the old head_dim, hidden_dim, ...
     Raises ValueError for a value out of range, naming the field and what is allowed.
     """
     vocab_size: int                            # number of token ids
@@ -296,6 +296,7 @@ class AttambaAttention(nn.Module):
         if rope is None or rope is True:
             rope = rope_angles(start, l, c.head_dim, c.rope_theta, x.device)
         if rope is not False:
+            _check_rope(rope, l, c.head_dim)
             q, k = rotate(q, *rope), rotate(k, *rope)
         q, k, v = (t.to(dtype).transpose(1, 2) for t in (q, k, v))                # (b, heads, l, head_dim)
         if decoding:  # everything visible lies in the cache
@@ -693,11 +694,7 @@ def rope_angles(start: int, length: int, head_dim: int, theta: float, device) ->
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channel pairs (i, i + head_dim / 2) of x (b, l, heads, head_dim) by angles ([b,] l, head_dim) [3].
-    Raises ValueError for angles of another shape, which broadcasting might hide."""
-    if cos.shape[-2:] != (x.shape[1], x.shape[-1]) or sin.shape != cos.shape:
-        raise ValueError(f"rope must be cos and sin of shape ({x.shape[1]}, {x.shape[-1]}), one row for each position of this "
-                         f"call, but got {tuple(cos.shape)} and {tuple(sin.shape)}")
+    """Turn the channel pairs (i, i + head_dim / 2) of x (b, l, heads, head_dim) by angles ([b,] l, head_dim) [3]."""
     left, right = x.chunk(2, -1)
     return x * cos.unsqueeze(-2) + torch.cat([-right, left], -1) * sin.unsqueeze(-2)
 
@@ -906,6 +903,14 @@ def _check_mask(mask, rows, length, name="boundaries"):
         raise ValueError(f"{name} must be bool of shape ({' or '.join(map(str, rows))}, {length}), "
                          f"but got {f'{mask.dtype} {tuple(mask.shape)}' if tensor else type(mask).__name__}")
     return mask
+
+
+def _check_rope(rope, length, head_dim):
+    """Broadcasting would hide a table of another length."""
+    cos, sin = rope
+    if cos.shape[-2:] != (length, head_dim) or sin.shape != cos.shape:
+        raise ValueError(f"rope must be cos and sin of shape ({length}, {head_dim}), one row for each position of this call, "
+                         f"but got {tuple(cos.shape)} and {tuple(sin.shape)}")
 
 
 def _check_sampling(max_new_tokens, temperature, top_k, top_p):

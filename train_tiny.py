@@ -81,7 +81,7 @@ PRESETS = {
 
 
 def preset_chunks(n_layers: int) -> tuple:
-    """P of each layer, if nothing is said: what measured best (README). The last layer, and every fourth before it, keeps
+    """P of each layer, if nothing is said, as it measured well (README): the last layer, and every fourth before it, keeps
     chunks of two tokens; the others have a window, and SSMs that are never reset. The cache grows as with P 8."""
     return tuple(2 if i % 4 == 0 else None for i in reversed(range(n_layers)))
 
