@@ -159,8 +159,8 @@ def rows(shape, shrink=1):
     add("claims", "pseudo-chunk-p8", attamba(8, None))
     add("claims", "transformer-parameters=p8", equal_parameters(main))
     add("claims", "strided-p8-l64", attamba(8, l64, kv="linear"))
-    add("claims", "attamba-p4-l64", attamba(4, l64))
-    add("claims", "window=p4-l64", equal_window(attamba(4, l64), s1))
+    add("claims", "attamba-p4-l64", attamba(4, l64), **two)
+    add("claims", "window=p4-l64", equal_window(attamba(4, l64), s1), **two)
     add("claims", "attamba-p16-l64", attamba(16, l64))
     add("claims", "window=p16-l64", equal_window(attamba(16, l64), s1))
     add("claims", "gqa=p8-l64", narrowed(main, s1, max(1, shape["n_heads"] // 4)))
@@ -210,6 +210,7 @@ def rows(shape, shrink=1):
             lambda S=S: dict(layout(S)(), hidden_dim=equal_parameters(keep)()["hidden_dim"]), **at)
     beside = equal_layers(main, s1, whole, kv="linear+ssm")                                 # the layout with SSMs beside W_K and W_V
     add("english", "one-full-layer-rest-window-ssm-keep", beside, corpus="english")
+    add("english", "two-layers-p2-rest-window-ssm", equal_layers(main, s1, quarter), corpus="english")
     few = dict(n_kv_heads=max(1, shape["n_heads"] // 4))                                    # as many entries, a quarter of the bytes
     add("open", "one-full-layer-rest-window-gqa", lambda: dict(layout(s1)(), **few))
     add("open", "one-full-layer-rest-window-ssm-keep-gqa", lambda: dict(beside(), **few))
