@@ -65,7 +65,7 @@ LABELS = dict(transformer="transformer", window="transformer, sliding window", n
 
 
 # What is written beside a point, and on which side there is room for it; beside Attamba's others, P and L on the right.
-NAMES = {"transformer-parameters=p8": ("7 % more parameters", "left"), "transformer-parameters=ssm-keep": ("19 % more parameters", "left"),
+NAMES = {"transformer-parameters=p8": ("0 and 7 % more parameters", "left"), "transformer-parameters=ssm-keep": ("19 % more parameters", "left"),
          "gqa=p8-l64": ("2 of 8 key heads", "left"), "thin-heads=p8-l64": ("8 heads of 14 channels", "left"),
          "one-full-layer-rest-window-gqa": ("one full layer, 2 of 8 key heads", "right"),
          "one-full-layer-rest-window-parameters=ssm-keep": ("19 % more parameters", "left"),

@@ -210,7 +210,6 @@ def rows(shape, shrink=1):
             lambda S=S: dict(layout(S)(), hidden_dim=equal_parameters(keep)()["hidden_dim"]), **at)
     beside = equal_layers(main, s1, whole, kv="linear+ssm")                                 # the layout with SSMs beside W_K and W_V
     add("english", "one-full-layer-rest-window-ssm-keep", beside, corpus="english")
-    add("english", "two-layers-p2-rest-window-ssm", equal_layers(main, s1, quarter), corpus="english")
     few = dict(n_kv_heads=max(1, shape["n_heads"] // 4))                                    # as many entries, a quarter of the bytes
     add("open", "one-full-layer-rest-window-gqa", lambda: dict(layout(s1)(), **few))
     add("open", "one-full-layer-rest-window-ssm-keep-gqa", lambda: dict(beside(), **few))
