@@ -11,7 +11,7 @@ Three equations, all per layer, a its input (dt, u, B and C are made from a by o
 and nonlinearities: see ChunkSSM; A < 0 is learned; r_t = 0 on the first token of a chunk, else 1):
 
     state      h_t = r_t exp(dt_t A) h_{t-1} + dt_t u_t B_t^T,       SSM(a)_t = W_out (h_t C_t + ...)
-    keys       k_t = a_t + SSM_K(a)_t,    v_t = a_t + SSM_V(a)_t,    q_t = W_Q a_t
+    k, v, q    k_t = a_t + SSM_K(a)_t,    v_t = a_t + SSM_V(a)_t,    q_t = W_Q a_t
     attention  query t sees  { s <= t : t - s <= L  or  token s ends a chunk }
 
 A chunk boundary is nothing but a zero in the decay: after the last token of a chunk the state is
@@ -34,7 +34,8 @@ a                  input of a layer
 h                  state of an SSM
 u dt B C, A D, z   its input, step size, input and output map; decay, skip; gate
 H p n g            SSM heads, channels per head, state size, groups of heads that share B and C
-c q                blocks of tokens (for computing, no matter where chunks end), tokens per block
+c q                in ssm_scan: blocks of tokens (for computing, no matter where chunks end), tokens per block;
+                   elsewhere c is the config, q the queries
 
 [1] Akhauri, Huda, Abdelfattah. Attamba: Attending To Multi-Token States. arXiv 2411.17685
 [2] Dao, Gu. Transformers are SSMs (Mamba-2). arXiv 2405.21060
@@ -63,12 +64,14 @@ class AttambaConfig:
 
     kv            chunk_size  leading_tokens   what it is
     "linear"      any         None             transformer
+    "linear"      1           any              transformer
     "linear"      None        L                sliding-window transformer
     "linear"      P           L                strided sparse attention
     "ssm"         P           L                Attamba
     "ssm"         P           None             "pseudo-chunking" [1]: SSMs, full attention
     "ssm"         1           any              full attention over SSMs without memory
     "ssm"         None        L                SSMs over the whole sequence, sliding window
+    "ssm"         None        0                an SSM: each token sees its own value alone, W_O v_t
     "linear+ssm"  P           L                W_K and W_V kept: k = W_K a + SSM_K(W_K a) [1, ablation]
 
     chunk_size and leading_tokens may also be tuples with a value for each layer: for 8 layers
@@ -234,7 +237,7 @@ class AttambaAttention(nn.Module):
         out_t = W_O softmax(q_t k_s / sqrt(head_dim) over the s that t sees) v_s
 
     layer: index of the layer, 0 first: "cyclic" shifts the chunks by a phase that depends on
-    it, so that, with enough layers, every token is near the end of a chunk in some.
+    it, so that, with P layers or more, every token ends a chunk in some.
     """
 
     def __init__(self, config: AttambaConfig, layer: int):
@@ -284,7 +287,7 @@ class AttambaAttention(nn.Module):
             raise ValueError(f"x must be of shape (batch, length, {self.config.dim}), not empty, but got {tuple(x.shape)}")
         c, (b, l, _), start = self.config, x.shape, cache.position if cache else 0
         ends = self.boundaries(l, start) if boundaries is None else _check_mask(boundaries, (1, b), l)   # (1 or b, l)
-        if cache and isinstance(start, int):  # Attamba did; a layer alone has not (a tensor: a CUDA graph is recorded)
+        if cache and isinstance(start, int):  # for Attamba a second time (a tensor: while a CUDA graph is recorded)
             cache.check(self, b, l, boundaries)
             cache.rule_fits &= boundaries is None      # a mask may have taken more entries than the rule would have
         decoding = cache is not None and l == 1
@@ -613,8 +616,8 @@ def ssm_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
         added = left.unflatten(2, (g, -1)).mT.flatten(3, 4) @ B                   # (b, c, g, H/g p, n)
         if h is None and l == q:  # a single block, and nothing enters it
             return y.transpose(2, 3).flatten(1, 2) + D[:, None] * u, added.view(b, H, p, n)
-        # 3. From block to block, the same with blocks as tokens. (A block's own boundaries cut off what entered it, so that
-        # here they count for the block itself: no "- ends".)
+        # 3. From block to block, the same with blocks as tokens. (Nothing passes a block with a boundary in it, so that such
+        # a block belongs to what comes after: its own ends are counted, unlike those of tokens.)
         h = u.new_zeros(b, H, 1, p * n) if h is None else h.to(dtype).view(b, H, 1, p * n)
         cum, resets = log_a.cumsum(-1), ends.any(-1).mT.cumsum(-1)                # (b, c, H, q), (b, 1, c)
         total, added = cum[..., -1].mT, added.view(b, -1, H, p * n).transpose(1, 2)                   # (b, H, c), (b, H, c, p n)
@@ -659,7 +662,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, leading_tokens: 
     at = end_at.clamp(max=l - 1)[:, None, :, None].expand(len(q), q.shape[1], -1, q.shape[3])
     end_k, end_v = k.gather(2, at), v.gather(2, at)                               # (b, heads, count, head_dim)
 
-    size, off = max(128, L, l // 64), l - lq           # queries per block (at most some 64); keys before the first query
+    size, off = max(128, L, l // 64), l - lq           # queries a block (64 blocks or so at most); keys before the first
     # The keys near a block: its own tokens and the last L of the block before (of the first block: of the cached keys).
     # They are split off, not sliced: the gradient of every slice would be as long as k.
     sizes = [min(L, off), *[size] * (lq // size), *[lq % size] * (lq % size > 0)]
@@ -700,8 +703,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------
-# What is remembered between calls? Per layer: the entries of finished chunks, a ring with
-# the window, and the two SSMs' states. Only the entries grow with the context.
+# What is remembered between calls? Per layer: a ring with the window, the entries of finished
+# chunks, and the two SSMs' states. Only the entries in use grow with the context.
 
 class LayerCache:
     """What one attention layer remembers. W = L + 1 slots of window (a token and its L
@@ -717,7 +720,7 @@ class LayerCache:
         self.config, self.layer, self.max_len = c, int(attention.layer), max_len
         self.position = 0                                                          # tokens seen so far
         self.window = W = max_len if L is None else min(L + 1, max_len)
-        self.rule_fits = max_chunks is None            # enough for max_len tokens cut by config.chunking, while no mask is used
+        self.rule_fits = max_chunks is None            # made for config.chunking: enough, until a mask is used
         if max_chunks is None:  # only a token that has left the window needs an entry
             max_chunks = max_len - W if callable(c.chunking) else int(attention.boundaries(max_len - W, device="cpu").sum())
         self.max_chunks = max_chunks
@@ -774,7 +777,7 @@ class LayerCache:
     def store(self, k: Tensor, v: Tensor, boundaries: Tensor, l: int) -> None:
         """From `context`, whose last l tokens are new, keep the last W tokens and the chunk ends before them."""
         self.position += l
-        new, order = torch.stack([k, v]).to(self.kv.dtype), self._order()         # (2, b, h, e + w + l, d)
+        new, order = torch.stack([k, v]).to(self.kv.dtype), self._order()         # (2, b, kv heads, e + w + l, head_dim)
         ends, w = boundaries.expand(len(self.ends), -1), len(order)
         self.kv[..., order, :], self.ends[:, order] = new[..., -w:, :], ends[:, -w:]
         old = ends[:, :-w]
@@ -783,13 +786,13 @@ class LayerCache:
         self.n_chunks.copy_(old.sum(1))
 
     def append(self, k: Tensor, v: Tensor, boundary: Tensor) -> None:
-        """`store` for one new token, in place. k, v (b, h, 1, head_dim), boundary (b or 1, 1) bool. It reads no
+        """`store` for one new token, in place. k, v (b, n_kv_heads, 1, head_dim), boundary (b or 1, 1) bool. It reads no
         value from the device (whether a chunk ends): a GPU need not be waited for, and the step can be recorded."""
         slot = torch.as_tensor(self.position % self.window, device=self.ends.device).view(1)
         if self.max_chunks:  # the token that leaves its slot moves to the next free entry if it ended a chunk
             left = self.ends[:, slot]                                             # (b, 1)
             to = torch.where(left, self.n_chunks[:, None] + self.window, slot)    # else it stays: overwritten below
-            old = self.kv[..., slot, :]                                           # (2, b, h, 1, d)
+            old = self.kv[..., slot, :]                                           # (2, b, kv heads, 1, head_dim)
             self.kv.scatter_(3, to[None, :, None, :, None].expand_as(old), old)
             self.n_chunks += left[:, 0]
         self.kv.index_copy_(3, slot, torch.stack([k, v]).to(self.kv.dtype))
@@ -937,7 +940,7 @@ def demo(text: str) -> None:
 
     ssm = AttambaAttention(config, 0).ssm
     dt, A = F.softplus(ssm.dt_bias), -ssm.A_log.exp()
-    print("\nWhat a fresh state keeps of each of 8 tokens at the end of their chunk:\n")
+    print("\nWhat a fresh state keeps, at the end of a chunk of 8, of each of its tokens:\n")
     for head, rate in enumerate((dt * A)[0].tolist()):
         print(f"head {head}   " + " ".join(f"{math.exp(rate * (7 - t)):5.2f}" for t in range(8)))
 
@@ -948,12 +951,12 @@ def demo(text: str) -> None:
     print("\n100 tokens step by step (recurrent, cached) and all at once (parallel):")
     print(f"logits differ by at most {error:.1e}")
 
-    print("\nKV cache of one sequence, MB (dim 128, 4 layers, float32, P 8, L 64)\n\n tokens  transformer  Attamba")
+    print("\nKV cache of one sequence, MB (dim 128, 4 layers, float32, P 8, L 64)\n\n tokens  transformer  Attamba  ratio")
     shape = dict(vocab_size=8, dim=128, n_layers=4, n_heads=4)
     models = [Attamba(AttambaConfig(**shape, **c)) for c in (dict(kv="linear", leading_tokens=None), {})]
     for t in (1, 64, 256, 1024, 4096, 16384):
         a, b = (m.new_cache(1, t).nbytes / 1e6 for m in models)
-        print(f"{t:7}  {a:11.2f}  {b:7.2f}   {a / b:4.1f} times smaller")
+        print(f"{t:7}  {a:11.2f}  {b:7.2f}  {a / b:5.1f}")
 
     print("\nWhere chunks end (^) in a text: by position alone, elsewhere in each layer (P 8)\n")
     shown = "".join(c if c.isprintable() else " " for c in text[:76]) + (" ..." if len(text) > 76 else "")

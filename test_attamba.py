@@ -959,6 +959,9 @@ def test_public_names_have_docstrings():
             assert thing.__doc__, name
 
 
+# ---------------------------------------------------------------------------------------
+# The CUDA path
+
 @pytest.mark.parametrize("chunking", ["cyclic", "random"])
 def test_a_recorded_step_keeps_what_it_reads(chunking, monkeypatch):
     """A CUDA graph knows addresses, not tensors: what it reads must live as long as the cache. Recorded on a CPU here."""
