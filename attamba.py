@@ -132,8 +132,8 @@ class Attamba(nn.Module):
 
         boundaries: bool (b, l), True where a token ends its chunk, in all layers; default: config.chunking.
         cache: from new_cache; the tokens continue it and it advances in place (no gradients then).
-        Raises ValueError for wrong dtypes, shapes, an empty sequence, a cache that is full or made for another model,
-        IndexError for ids outside the vocabulary (not checked inside torch.compile).
+        Raises ValueError for wrong dtypes, shapes, an empty sequence, a cache that is full or made for another config or
+        batch size, IndexError for ids outside the vocabulary (not checked inside torch.compile).
         """
         _check_tokens(self.config, tokens)
         return self._logits(tokens, boundaries, cache)
@@ -177,7 +177,7 @@ class Attamba(nn.Module):
 
         max_chunks: chunk entries per layer; default: what max_len tokens need at most under config.chunking
         (a callable could end a chunk at every token). Explicit boundaries may need more: then say how many.
-        Raises ValueError for sizes below 1.
+        Raises ValueError for sizes below 1 (max_chunks: below 0).
         """
         return Cache([block.attention.new_cache(batch_size, max_len, max_chunks) for block in self.blocks])
 
@@ -255,7 +255,7 @@ class AttambaAttention(nn.Module):
             nn.init.normal_(self.wkv.weight, std=0.02)
         if "ssm" in c.kv:
             self.ssm = ChunkSSM(c, c.dim if c.kv == "ssm" else kv_dim, kv_dim)
-        # Layer and first chunk end (None unless chunks have a fixed step) are data, not constants of the code, so
+        # Layer and first chunk end (see first_end) are data, not constants of the code, so
         # that all layers share one compiled graph. They stay on the CPU: reading them must not wait for a GPU.
         self.layer, first = torch.tensor(layer, device="cpu"), first_end(c, layer)
         self.first = None if first is None else torch.tensor(first, device="cpu")
@@ -279,7 +279,8 @@ class AttambaAttention(nn.Module):
         cache: from new_cache; x continues it and it advances in place, without gradients. rope: cos and
         sin (l, head_dim), or (b, l, head_dim), of these l positions as from rope_angles (one table can serve
         all layers); None or True: made here; False: none, for a model that adds positions of its own.
-        Raises ValueError for an empty x, a mask, angles or a cache that do not fit."""
+        Raises ValueError for an empty x, for a mask, angles or a cache that do not fit, for a callable chunking without
+        a mask."""
         if cache is not None and torch.is_grad_enabled():
             with torch.no_grad():
                 return self.forward(x, boundaries, cache, rope)
@@ -299,7 +300,7 @@ class AttambaAttention(nn.Module):
         if rope is None or rope is True:
             rope = rope_angles(start, l, c.head_dim, c.rope_theta, x.device)
         if rope is not False:
-            _check_rope(rope, l, c.head_dim)
+            _check_rope(rope, b, l, c.head_dim)
             q, k = rotate(q, *rope), rotate(k, *rope)
         q, k, v = (t.to(dtype).transpose(1, 2) for t in (q, k, v))                # (b, heads, l, head_dim)
         if decoding:  # everything visible lies in the cache
@@ -404,8 +405,8 @@ NEVER = 2 ** 30                                        # first chunk end if no c
 
 
 def first_end(config: AttambaConfig, layer: Union[int, Tensor]) -> Union[int, Tensor, None]:
-    """Position of the first chunk end if chunks have a fixed step, else None. "cyclic" ends them
-    floor(layer P / n_layers) earlier than "uniform"."""
+    """Position of the first chunk end if chunks have a fixed step; NEVER if P is None; None under other rules. "cyclic"
+    ends chunks floor(layer P / n_layers) earlier than "uniform"."""
     if config.chunk_size is None:
         return NEVER
     if config.chunking in ("uniform", "cyclic"):
@@ -447,7 +448,8 @@ class ChunkSSM(nn.Module):
     def forward(self, a: Tensor, boundaries: Tensor, first: Optional[Tensor] = None,
                 h: Optional[Tensor] = None, conv: Optional[Tensor] = None):
         """a (b, l, dim_in) or, if W_K and W_V are kept, (b, l, 2, dim_in); boundaries (b or 1, l) bool; state as in
-        LayerCache, None for the start -> [keys, values] (b, l, dim_out) each, (h, conv) after the last token.
+        LayerCache, None for the start -> [keys, values] (b, l, dim_out) each, and (h, conv) after the last token if a state
+        was given.
         first: as in `attend`; the sequence must then start at position 0, where the state is zero."""
         c, P, l = self.config, self.config.chunk_size, a.shape[1]
         x, fixed = self._project(a), first is not None and P is not None          # (b, l, 2, z | dt | u B C)
@@ -584,7 +586,7 @@ def ssm_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
                                                       = 0                                 otherwise
 
     It is done inside blocks of q tokens, then once more for the states between the blocks. A boundary is a zero in M,
-    never a large negative number in a sum. block (q) changes the speed only; the default, about sqrt(l) / 2, was measured best.
+    never a large negative number in a sum. block (q) changes the speed only; the default was measured best.
     """
     (b, l, H, p), (g, n) = u.shape, B.shape[2:]
     q, dtype = block or (64 if u.is_cuda else 16), torch.promote_types(u.dtype, torch.float32)
@@ -708,7 +710,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class LayerCache:
     """What one attention layer remembers. W = L + 1 slots of window (a token and its L
-    predecessors), then one slot per chunk; a token that leaves the window keeps a slot
+    predecessors), then slots for chunk ends; a token that leaves the window keeps a slot
     only if it ended a chunk. So what a query sees is always a prefix of the slots."""
 
     def __init__(self, attention: AttambaAttention, batch_size: int, max_len: int, max_chunks: Optional[int] = None):
@@ -908,11 +910,12 @@ def _check_mask(mask, rows, length, name="boundaries"):
     return mask
 
 
-def _check_rope(rope, length, head_dim):
-    """Broadcasting would hide a table of another length."""
+def _check_rope(rope, rows, length, head_dim):
+    """Broadcasting would hide a table of another length or batch."""
     cos, sin = rope
-    if cos.shape[-2:] != (length, head_dim) or sin.shape != cos.shape:
-        raise ValueError(f"rope must be cos and sin of shape ({length}, {head_dim}), one row for each position of this call, "
+    one = length, head_dim
+    if cos.shape not in (one, (1, *one), (rows, *one)) or sin.shape != cos.shape:
+        raise ValueError(f"rope must be cos and sin of shape {one} or {(rows, *one)}, one row for each position of this call, "
                          f"but got {tuple(cos.shape)} and {tuple(sin.shape)}")
 
 

@@ -554,8 +554,9 @@ def test_a_layer_alone_decodes():
     refuses(lambda x: layer(x, cache=cache), "batch size 2", x[:1, :1])
     foreign = AttambaAttention(small(leading_tokens=5), 1).new_cache(2, 20), AttambaAttention(small(), 0).new_cache(2, 20)
     refuses(lambda cache: layer(x, cache=cache), "cache was made for", *foreign)
-    refuses(lambda rope: layer(x[:, :2], rope=rope), "rope must be cos and sin of shape .2, 8.",
-            [t[:1] for t in tables], tables, [t[:2, :1] for t in tables], (tables[0][:2], tables[1][:1]))
+    refuses(lambda rope: layer(x[:, :2], rope=rope), "rope must be cos and sin of shape .2, 8. or .2, 2, 8.",
+            [t[:1] for t in tables], tables, [t[:2, :1] for t in tables], (tables[0][:2], tables[1][:1]),
+            [t[:2].expand(3, 2, 8) for t in tables])
     refuses(lambda mask: layer(x, mask), "boundaries must be bool of shape .1 or 2, 20.",
             torch.zeros(1, 20), torch.zeros(3, 20).bool())
     refuses(layer, "x must be of shape", x[:, :0], x[0])
