@@ -1,4 +1,4 @@
-"""Tests of Attamba. Offline, on a CPU, in under two minutes: python -m pytest -q
+"""Tests of Attamba. Offline, on a CPU, in some two minutes: python -m pytest -q
 
 Four kinds: against a reference with every gradient; parallel = step by step; examples worked
 by hand; save and load. Tests that need a GPU skip themselves.
