@@ -255,8 +255,8 @@ class AttambaAttention(nn.Module):
             nn.init.normal_(self.wkv.weight, std=0.02)
         if "ssm" in c.kv:
             self.ssm = ChunkSSM(c, c.dim if c.kv == "ssm" else kv_dim, kv_dim)
-        # Layer and first chunk end (see first_end) are data, not constants of the code, so
-        # that all layers share one compiled graph. They stay on the CPU: reading them must not wait for a GPU.
+        # Layer and first chunk end are data, not constants of the code, so that all layers share one compiled graph.
+        # They stay on the CPU: reading them must not wait for a GPU.
         self.layer, first = torch.tensor(layer, device="cpu"), first_end(c, layer)
         self.first = None if first is None else torch.tensor(first, device="cpu")
 
@@ -277,7 +277,7 @@ class AttambaAttention(nn.Module):
                 rope: Union[tuple[Tensor, Tensor], bool, None] = None) -> Tensor:
         """x (b, l, d) -> (b, l, d). boundaries: bool (b, l) or (1, l), default config.chunking.
         cache: from new_cache; x continues it and it advances in place, without gradients. rope: cos and
-        sin (l, head_dim), or (b, l, head_dim), of these l positions as from rope_angles (one table can serve
+        sin (l, head_dim), or (1 or b, l, head_dim), of these l positions as from rope_angles (one table can serve
         all layers); None or True: made here; False: none, for a model that adds positions of its own.
         Raises ValueError for an empty x, for a mask, angles or a cache that do not fit, for a callable chunking without
         a mask."""

@@ -1,6 +1,6 @@
 """Speed and memory of Attamba against the transformer of the same shape, in one run.
 
-    python experiments/bench.py            # on a GPU: some 4 minutes; on a CPU: some 3 minutes
+    python experiments/bench.py            # some 4 minutes on a GPU, 3 to 5 on a CPU
     python experiments/bench.py --quick    # short lengths only
     python experiments/bench.py --only training,decode
     python experiments/bench.py --only profile   # where the time goes: kernels of training, attention, prefill and decoding
