@@ -1,14 +1,13 @@
 """Tests of Attamba. Offline, on a CPU, in some two minutes: python -m pytest -q
 
-Four kinds: against a reference with every gradient; parallel = step by step; examples worked
-by hand; save and load. Tests that need a GPU skip themselves.
+One naive model, written from the paper's equations, is what the model is held to. The ways of
+computing are held to each other, with gradients. Tests that need a GPU skip themselves.
     python test_attamba.py 1000            # a longer random search: seeds 0 ... 999
     python test_attamba.py 1000 5000       # seeds 1000 ... 4999
     python test_attamba.py --seed 17       # one case of it, in full
 """
 import copy
 import doctest
-import gc
 import gzip
 import hashlib
 import io
@@ -22,25 +21,21 @@ import signal
 import subprocess
 import sys
 import textwrap
-import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import attamba
 import train_tiny
-from attamba import (Attamba, AttambaAttention, AttambaConfig, attend, attend_ref, attention_mask, chunk_conv, chunk_ends,
-                     rope_angles, ssm_scan, ssm_scan_ref)
+from attamba import (Attamba, AttambaAttention, AttambaConfig, attend_ref, attention_mask,
+                     chunk_ends, rope_angles, ssm_scan, ssm_scan_ref)
 
 HERE = Path(__file__).parent
-pytestmark = [pytest.mark.filterwarnings(f) for f in  # any warning fails a test, but two of torch.compile's own
-              ("error", "ignore:The .grad attribute", "ignore:.torch.jit.script")]
+pytestmark = [pytest.mark.filterwarnings(f) for f in  # any warning fails a test, but torch's own of compile and vmap
+              ("error", "ignore:The .grad attribute", "ignore:.torch.jit.script", "ignore:There is a performance")]
 
 
 @pytest.fixture(autouse=True)
@@ -55,27 +50,19 @@ def close(a, b, tolerance):
     assert error <= tolerance, f"differs by {error:.3g}, allowed {tolerance:g}"
 
 
-def with_gradients(function, inputs, weights):
-    """Outputs of function and the gradients of a fixed weighting of them with respect to each input."""
-    outputs = function(*inputs)
-    loss = sum((o * w).sum() for o, w in zip(outputs, weights))
-    return [*outputs, *torch.autograd.grad(loss, [x for x in inputs if x is not None])]
-
-
 def results(model, tokens, weights, mask=None, autocast=False):
-    """Logits, and the gradients of a fixed weighting of them with respect to each parameter: float64, on the CPU."""
+    """Logits, and the gradients of a fixed weighting of them for each parameter: float64, on a CPU."""
     device = next(model.parameters()).device
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        logits = model(tokens.to(device), None if mask is None else mask.to(device))
+        logits = model(tokens.to(device), boundaries=None if mask is None else mask.to(device))
     grads = torch.autograd.grad((logits.double() * weights.to(device)).sum(), model.parameters())
     return [x.detach().cpu().double() for x in (logits, *grads)]
 
 
-def in_calls(model, tokens, sizes, **options):
+def in_calls(model, tokens, sizes, max_chunks=None, **options):
     """The outputs of cached calls of these sizes, one after the other."""
-    with torch.no_grad():
-        cache = model.new_cache(*tokens.shape[:2])
-        return torch.cat([model(part, cache=cache, **options) for part in tokens.split(sizes, 1)], 1)
+    cache = model.new_cache(*tokens.shape[:2], max_chunks)
+    return torch.cat([model(part, cache=cache, **options) for part in tokens.split(sizes, 1)], 1)
 
 
 def refuses(function, why, *bad, error=ValueError):
@@ -89,15 +76,6 @@ def small(**changes):
     return AttambaConfig(**{**base, **changes})
 
 
-def model_of(config, dtype=torch.float64):
-    """A model with weights large enough for every part to matter."""
-    model = Attamba(config).to(dtype)
-    for p in model.parameters():
-        if p.dim() > 1 and p.shape[0] > 2:
-            p.data *= 4
-    return model
-
-
 def compiled(model):
     """A copy whose blocks are compiled."""
     torch._dynamo.reset()
@@ -108,551 +86,458 @@ def compiled(model):
     return model
 
 
-# ---------------------------------------------------------------------------------------
-# The SSM
-
-@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 31, 64, 100, 263])
-@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
-def test_parallel_scan_is_the_recurrence(length, share):
-    """Guards against state that leaks over a boundary or is lost between blocks."""
-    b, h, p, g, n = 2, 4, 3, 2, 5
-    for ragged, start, block in ((True, True, 4), (False, False, 16)):
-        boundaries = torch.rand(b if ragged else 1, length) < share
-        shapes = [(b, length, h, p), (b, length, h), (h,), (b, length, g, n), (b, length, g, n), (h,), (b, h, p, n)]
-        u, dt, A, B, C, D, h0 = (torch.randn(s, dtype=torch.float64) for s in shapes)
-        inputs = [t.requires_grad_() for t in (u, dt.abs(), -2 * A.abs(), B, C, D, h0)]
-        weights = [torch.randn(b, length, h, p), torch.randn(b, h, p, n) * (0 if boundaries[:, -1].all() else 1)]
-        if not start:
-            inputs[-1] = None
-
-        def run(scan, **options):
-            return with_gradients(lambda u, dt, A, B, C, D, h0: scan(u, dt, A, B, C, D, boundaries, h0, **options), inputs, weights)
-        for fast, slow in zip(run(ssm_scan, block=block), run(ssm_scan_ref)):
-            close(fast, slow, 1e-9)
-
-
-def test_chunks_are_independent_sequences():
-    """A scan with boundaries equals separate scans of each chunk (the released code mixed other tokens)."""
-    u, dt, B, C = torch.randn(1, 12, 2, 3), torch.rand(1, 12, 2), torch.randn(1, 12, 1, 4), torch.randn(1, 12, 1, 4)
-    boundaries = torch.zeros(1, 12).bool()
-    boundaries[0, [2, 8, 11]] = True
-    for scan in (ssm_scan, ssm_scan_ref):
-        whole, state = scan(u, dt, -torch.ones(2), B, C, torch.ones(2), boundaries)
-        parts = [scan(u[:, s], dt[:, s], -torch.ones(2), B[:, s], C[:, s], torch.ones(2))[0]
-                 for s in (slice(0, 3), slice(3, 9), slice(9, 12))]
-        close(whole, torch.cat(parts, 1), 1e-6)
-        assert state.abs().max() == 0                                             # the last token ends a chunk
-
-
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 17])
-def test_convolution_against_a_loop(length):
-    k, x, weight = 4, torch.randn(2, length, 5).double(), torch.randn(4, 5).double()
-    tail, boundaries = torch.randn(2, 3, 5).double(), torch.rand(2, length) < 0.3
-    y, after = chunk_conv(x, weight, boundaries, tail)
-    for b in range(2):
-        seen = list(tail[b])  # inputs of the current chunk
-        for t in range(length):
-            seen.append(x[b, t])
-            close(y[b, t], sum(weight[j] * seen[-1 - j] for j in range(min(k, len(seen)))), 1e-12)
-            seen = [] if boundaries[b, t] else seen
-        expected = torch.stack(([torch.zeros(5).double()] * 3 + seen)[-3:])
-        close(after[b], expected, 0)
-
-
-def test_a_fresh_state_remembers_about_a_chunk():
-    ssm = AttambaAttention(small(dim=512, n_heads=8, ssm_heads=64, ssm_inner=256), 0).ssm
-    memory = 1 / (F.softplus(ssm.dt_bias) * ssm.A_log.exp())  # tokens until a state has decayed to 1 / e
-    assert 9 < memory.log().mean().exp() < 21                                     # 14 on average over many
-    assert 1e-3 * 0.99 <= F.softplus(ssm.dt_bias).min() and F.softplus(ssm.dt_bias).max() <= 0.1 * 1.01
+def rule_of_all(tokens, positions, layer):
+    """Chunk ends that depend on tokens (rows of a batch get different chunks), position and layer."""
+    return (tokens * (positions + 1) + layer) % 3 == 0
 
 
 # ---------------------------------------------------------------------------------------
-# What a query sees
+# The model as equations: what everything fast is held to
 
-@pytest.mark.parametrize("leading", [0, 1, 3, 100, None])
-def test_mask_against_the_definition(leading):
-    boundaries = torch.rand(2, 23) < 0.3
-    mask = attention_mask(boundaries, leading)
-    for b in range(2):
-        for t in range(23):
-            chunks = {s for s in range(23) if boundaries[b, s] and s < t}
-            window = set(range(t + 1)) if leading is None else set(range(max(0, t - leading), t + 1))
-            assert set(mask[b, t].nonzero().flatten().tolist()) == chunks | window
+def naive(c, weights, tokens, boundaries=None):
+    """The paper's equations, in loops over layers, rows, SSMs, tokens and heads, sharing no code
+    with attamba.py. c: config, weights: state_dict, tokens (b, l), boundaries: bool (b or 1, l),
+    or None for the config's chunks -> logits (b, l, vocab_size), in the dtype of the weights."""
+    def w(name):
+        return weights[f"blocks.{layer}.{name}"]
+
+    def norm(x, weight=1):
+        return weight * x / (x.square().mean(-1, keepdim=True) + c.norm_eps).sqrt()
+
+    def ends_chunk(t):
+        """Does token t end a chunk of P tokens?"""
+        phase, x = layer * P // c.n_layers, 0
+        for value in (c.chunking_seed, layer, t, 0, 0):
+            x = ((x >> 15 ^ x ^ value) * 0x2C1B3C6D + 0x3504F335) % 2 ** 31
+        rules = {"uniform": t + 1, "cyclic": t + 1 + phase, "random": x >> 4}
+        return rules[c.chunking] % P == 0
+
+    def ssm(s, a, ends):
+        """SSM_K (s = 0) or SSM_V (s = 1) of a row: a (l, dim_in), ends (l,) -> out (l, dim_out)."""
+        inner, n, H, out = c.ssm_inner, c.ssm_state, c.ssm_heads, []
+        head = torch.arange(inner) // (inner // H)     # of each channel of u, y and z
+        for t in range(l):
+            if t == 0 or ends[t - 1]:  # a chunk's first token: r_t = 0, and no earlier inputs
+                h, past = 0, []
+            z, dt, x = (w("attention.ssm.w_in")[s] @ a[t]).split([inner, H, inner + 2 * n])
+            past = [x, *past]                          # u, B, C of t, t - 1, ... in this chunk
+            x = sum(tap * x for tap, x in zip(w("attention.ssm.w_conv")[:, s], past))
+            u, B, C = F.silu(x).split([inner, n, n])
+            dt = F.softplus(dt + w("attention.ssm.dt_bias")[s])[head]
+            decay = torch.exp(-dt * w("attention.ssm.A_log")[s, head].exp())
+            h = decay[:, None] * h + torch.outer(dt * u, B)
+            y = h @ C + w("attention.ssm.D")[s, head] * u
+            out.append(w("attention.ssm.w_out")[s] @ norm(y * F.silu(z)))
+        return torch.stack(out)
+
+    def rope(x):
+        """x (l, heads, d): channels j, j + d/2 turned by t theta^(-2j/d), which is float32."""
+        angle = torch.arange(l)[:, None] * c.rope_theta ** (torch.arange(0, -d, -2) / d)
+        x = torch.complex(*x.chunk(2, -1)) * torch.complex(angle.cos(), angle.sin())[:, None]
+        return torch.cat([x.real, x.imag], -1)
+
+    def attention(a, ends):
+        """Of a row: a (l, dim), ends (l,) -> (l, dim)."""
+        kv = []
+        for s in (0, 1):  # k_t = x_t + SSM_K(x)_t, where x is a or W_K a; then v_t
+            x = a if c.kv == "ssm" else a @ w("attention.wkv.weight").chunk(2)[s].T
+            residual = x.view(l, c.n_kv_heads, -1, d).mean(2)   # mean of the heads that share a key
+            y = ssm(s, x, ends).view_as(residual) if "ssm" in c.kv else 0
+            kv.append(residual + y)
+        q, k, v = (a @ w("attention.wq.weight").T).view(l, -1, d), *kv
+        if c.qk_norm:
+            q = norm(q, w("attention.q_norm.weight"))
+            k = norm(k, w("attention.k_norm.weight"))
+        q, k, out = rope(q), rope(k), torch.zeros_like(q)
+        for t in range(l):
+            seen = [s for s in range(t + 1) if ends[s] or L is None or t - s <= L]
+            for i in range(c.n_heads):
+                j = i // (c.n_heads // c.n_kv_heads)   # query head i reads key head j
+                out[t, i] = (k[seen, j] @ q[t, i] / math.sqrt(d)).softmax(0) @ v[seen, j]
+        return out.flatten(1) @ w("attention.wo.weight").T
+
+    l, d, x = tokens.shape[1], c.head_dim, weights["embed.weight"][tokens]         # x (b, l, dim)
+    for layer in range(c.n_layers):
+        P, L = (value[layer] if isinstance(value, tuple) else value
+                for value in (c.chunk_size, c.leading_tokens))
+        if boundaries is not None:
+            ends = boundaries
+        elif callable(c.chunking):
+            ends = c.chunking(tokens, torch.arange(l), layer)
+        else:
+            ends = torch.tensor([[P is not None and ends_chunk(t) for t in range(l)]])
+        a = norm(x, w("norm1.weight"))
+        x = x + torch.stack([attention(*row) for row in zip(a, ends.expand_as(tokens))])
+        gate, up = (norm(x, w("norm2.weight")) @ w("w_gate_up.weight").T).chunk(2, -1)
+        x = x + (F.silu(gate) * up) @ w("w_down.weight").T
+    head = weights["embed.weight" if c.tie_embeddings else "head.weight"]
+    return norm(x, weights["norm.weight"]) @ head.T
 
 
-@pytest.mark.parametrize("P", [1, 3, 8])
-@pytest.mark.parametrize("leading", [0, 1, 5, 16, None])
-def test_every_attention_path_is_the_dense_one(P, leading):
-    """Outputs and gradients; lengths at and around chunk ends, primes, and every phase."""
-    for length in (1, 2, P, P + 1, 3 * P + 1, 37, 131):
-        for case in [*range(P), "mask", "none", "continued"]:
-            rows = length if case != "continued" else random.Random(length).randint(1, length)
-            positions = torch.arange(length)
-            first, boundaries = None, torch.rand(2, length) < 1 / P
-            if case == "none":
-                boundaries = torch.zeros(1, length).bool()
-            elif isinstance(case, int):
-                first, boundaries = torch.tensor(P - 1 - case), ((positions + 1 + case) % P == 0)[None]
-            q, k, v = (torch.randn(2, heads, n, 4, dtype=torch.float64, requires_grad=True)
-                       for heads, n in ((4, rows), (2, length), (2, length)))
-            weights = [torch.randn(2, 4, rows, 4)]
-
-            def run(function):
-                return with_gradients(lambda q, k, v: [function(q, k, v, boundaries, leading, P, first)], [q, k, v], weights)
-            for fast, slow in zip(run(attend), run(attend_ref)):
-                close(fast, slow, 1e-9)
+# Of outputs and gradients. A gradient in bfloat16 is a sum over all tokens: the largest of some
+# 1,200 cases 3.12e-2 (with the slow references: 99 % below 1.7e-2, as here).
+TOLERANCE = {torch.float64: (1e-9, 1e-9), torch.float32: (1e-4, 1e-4), torch.bfloat16: (3e-2, 4e-2)}
 
 
-# ---------------------------------------------------------------------------------------
-# Gradients against finite differences, numbers at the edge
+def check_case(seed):
+    """A random model and text. The slow references must equal the equations; and forward, a prefix,
+    cached calls of random sizes, compiled blocks (one seed in 50) and a GPU where there is one must
+    agree with the references, gradients too. Raises AssertionError, naming the case."""
+    r = random.Random(seed)
+    torch.manual_seed(seed)
+    kv, d, layers = r.choice(["ssm", "ssm", "linear", "linear+ssm"]), r.choice([2, 4, 6, 16]), r.choice([1, 2, 3])
 
-def randoms(*shapes):
-    return [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    def one_or_each(*values):  # one for all layers, or one for each
+        return r.choice([r.choice(values), tuple(r.choices(values, k=layers))])
+    config = AttambaConfig(
+        vocab_size=17, dim=4 * d if kv == "ssm" else 16, n_layers=layers, n_heads=4,
+        n_kv_heads=r.choice([1, 2, 4]), head_dim=d, hidden_dim=20, kv=kv,
+        chunk_size=one_or_each(None, 1, 2, 3, 5, 8, 20), leading_tokens=one_or_each(None, 0, 1, 2, 5, 64),
+        chunking=r.choice(["uniform", "cyclic", "random", rule_of_all]),
+        chunking_seed=r.randint(0, 9), ssm_inner=r.choice([4, 12, 64]), ssm_heads=r.choice([1, 2, 4]),
+        ssm_state=r.choice([1, 3, 16]), conv_size=r.randint(1, 4), rope_theta=r.choice([10, 1e4]),
+        norm_eps=r.choice([1e-5, 0.1]), qk_norm=r.random() < 0.3, tie_embeddings=r.random() < 0.2)
+    dtype = r.choice([torch.float64, torch.float64, torch.float32, torch.bfloat16])
+    batch, length, mask = r.choice([1, 2, 3]), r.choice([1, 2, 7, 8, 9, 20, 31, 97]), None
+    tokens, tolerance = torch.randint(17, (batch, length)), TOLERANCE[dtype]
+    if r.random() < 0.2:
+        mask = torch.rand(batch, length) < r.choice([0, 0.3, 1])
+
+    def cut(mask, part):
+        return None if mask is None else mask[:, part]
+
+    def tables(positions, *rest):  # RoPE's from the CPU: float32, and a GPU's sine has another last bit
+        return [t.to(positions.device) for t in rope_angles(positions.cpu(), *rest)]
+    try:
+        model = Attamba(config)
+        for name, p in model.named_parameters() if dtype == torch.float64 else ():
+            # Weights large enough for every part to matter; fresh norms are ones, states weigh little.
+            torch.nn.init.normal_(p) if ".ssm." in name else p.data.mul_(2 + 4 * torch.rand_like(p))
+        exact = copy.deepcopy(model.to(dtype)).double()
+        weights = torch.randn(batch, length, 17, dtype=dtype).double()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attamba, "attend", attend_ref)
+            patch.setattr(attamba, "ssm_scan", ssm_scan_ref)
+            slow = results(exact, tokens, weights, mask)
+        if length <= 20:
+            close(slow[0], naive(config, exact.state_dict(), tokens, mask), 1e-9)
+        ways = [results(model, tokens, weights, mask)]
+        if seed % 50 == 3:
+            ways.append(results(compiled(model), tokens, weights, mask))
+        if torch.cuda.is_available():
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(attamba, "rope_angles", tables)
+                ways.append(results(copy.deepcopy(model).cuda(), tokens, weights, mask))
+        for i, way in enumerate(ways):
+            for j, (a, b) in enumerate(zip(way, slow)):
+                close(a, b, max(tolerance[j > 0], 1e-7 if i else 0))
+        with torch.no_grad():
+            part = slice(r.randint(1, length))
+            close(model(tokens[:, part], boundaries=cut(mask, part)).double(), slow[0][:, part], tolerance[0])
+            room = length + r.choice([0, 30])
+            if torch.cuda.is_available():
+                model.cuda()
+            cache = model.new_cache(batch, room, None if mask is None else room)
+            while cache.position < length:
+                part = slice(cache.position, cache.position + r.choice([1, 1, 2, 5, 40]))
+                logits = model(tokens[:, part], boundaries=cut(mask, part), cache=cache)
+                close(logits.double(), slow[0][:, part], tolerance[0])
+    except Exception as e:
+        shape = f"{dtype}, tokens {batch} x {length}, mask {mask is not None}"
+        raise AssertionError(f"{e}\npython test_attamba.py --seed {seed}: {config}, {shape}") from e
 
 
-def check(function, inputs):
-    assert torch.autograd.gradcheck(function, inputs, atol=1e-6, rtol=1e-5)
+@pytest.mark.parametrize("seed", range(60))
+def test_random_cases(seed):
+    check_case(seed)
 
 
-def test_gradcheck_of_the_definitions():
-    """What the fast ways of computing are held to, gradients too; attention for the last queries, as on top of a cache."""
-    boundaries = torch.tensor([[0, 1, 0, 0, 0]]).bool()
-    u, dt, A, B, C, D, h = randoms((1, 5, 2, 2), (1, 5, 2), (2,), (1, 5, 1, 2), (1, 5, 1, 2), (2,), (1, 2, 2, 2))
-    check(lambda u, dt, A, B, C, D, h: ssm_scan_ref(u, dt.exp(), -A.exp(), B, C, D, boundaries, h), (u, dt, A, B, C, D, h))
-    x, weight, tail = randoms((1, 5, 2), (3, 2), (1, 2, 2))
-    check(lambda x, w, tail: chunk_conv(x, w, boundaries, tail), (x, weight, tail))
-    q, k, v = randoms((1, 2, 3, 2), (1, 1, 5, 2), (1, 1, 5, 2))
-    check(lambda q, k, v: attend_ref(q, k, v, boundaries, 1), (q, k, v))
-
-
-@pytest.mark.parametrize("kv, ragged", [("ssm", False), ("ssm", True), ("linear+ssm", False)])
-def test_gradcheck_layer(kv, ragged):
-    """The whole layer, chunks as a batch or by a mask, with respect to its input and every weight."""
-    layer, (x,) = AttambaAttention(small(dim=4, n_kv_heads=1, ssm_state=2, leading_tokens=1, kv=kv), 1).double(), randoms((1, 6, 4))
-    mask = torch.tensor([[0, 1, 0, 0, 1, 0]]).bool() if ragged else None
-    names, weights = zip(*layer.named_parameters())
-    weights = [w.detach().add(torch.randn_like(w) / 3).requires_grad_() for w in weights]
-    check(lambda x, *w: torch.func.functional_call(layer, dict(zip(names, w)), (x, mask)), (x, *weights))
-
-
-def test_scan_of_100000_tokens_against_a_formula():
-    """Decays that underflow and decays so near 1 that nothing is forgotten: h_t = dt (1 + a + ... + a^(t-1))."""
-    rates, l = torch.tensor([0, 1e-30, 1e-8, 1e-4, 1e-2, 1, 1e2, 1e4], dtype=torch.float64), 100_000
-    shapes = (1, l, 8, 1), (1, l, 8), (1, l, 1, 1), (1, l, 1, 1)
-    u, dt, B, C = inputs = [torch.ones(s, requires_grad=True) for s in shapes]
-    A = (-rates).float().requires_grad_()
-    y = ssm_scan(u, dt, A, B, C, torch.zeros(8))[0]
-    t = torch.arange(1, l + 1)[:, None].double()
-    exact = torch.where(rates > 1e-20, torch.expm1(-rates * t) / torch.expm1(-rates), t)
-    error = ((y[0, :, :, 0] - exact) / exact).abs().max()
-    assert error < 2e-6, error                                                    # measured 9.3e-7
-    assert all(g.isfinite().all() for g in torch.autograd.grad(y.mean(), [*inputs, A]))
-
-
-@pytest.mark.parametrize("block", [16, 64])
-@pytest.mark.parametrize("low, high, bound", [
-    (1e-3, 1e-1, 1e-5),                                                           # as in a fresh model
-    (1e-9, 1e-7, 1e-5),                                                           # never forget
-    (1e-6, 1e7, 1e-5)])                                                           # all measured 2.3e-6 (of D's gradient)
-def test_float32_error_of_a_chunk_of_20000_tokens(low, high, bound, block):
-    """Outputs, state and every gradient against float64, for dt between low and high."""
-    shapes = (1, 20_000, 4, 4), (1, 20_000, 1, 8), (1, 20_000, 1, 8), (4,)
-    u, B, C, D = (torch.randn(s) for s in shapes)
-    dt, A = torch.empty(1, 20_000, 4).uniform_(math.log(low), math.log(high)).exp(), -torch.tensor([1., 2, 8, 16])
-    results = []
+@pytest.mark.parametrize("low, high", [(1e-3, 1e-1), (1e-9, 1e-7), (1e-6, 1e7)])  # fresh; never forget; all
+def test_float32_error_of_a_chunk_of_20000_tokens(low, high):
+    """Outputs and every gradient against float64, for dt between low and high."""
+    l, found = 20_000, []
+    u, B, C, D = (torch.randn(s) for s in ((1, l, 4, 4), (1, l, 1, 8), (1, l, 1, 8), (4,)))
+    dt, A = torch.empty(1, l, 4).uniform_(math.log(low), math.log(high)).exp(), -torch.tensor([1., 2, 8, 16])
     for dtype in (torch.float32, torch.float64):
         inputs = [x.to(dtype).requires_grad_() for x in (u, dt, A, B, C, D)]
-        results.append(with_gradients(lambda *x: ssm_scan(*x, block=block)[:1], inputs, [torch.linspace(-1, 1, u.numel()).view(u.shape)]))
-    for a, b in zip(*results):
-        assert ((a - b).abs().max() / b.abs().max()).item() < bound
-
-
-@pytest.mark.parametrize("dtype, length, tolerance", [
-    (torch.float32, 100_000, 1e-6), (torch.bfloat16, 20_000, 1e-2)])              # measured 1.1e-7, 2.5e-3
-def test_a_model_that_forgets_at_once_and_never(dtype, length, tolerance):
-    """Its keys the one, its values the other."""
-    model, tokens = Attamba(small(n_layers=1, n_heads=1, chunk_size=None)), torch.randint(19, (1, length))
-    ssm = model.blocks[0].attention.ssm
-    ssm.dt_bias.data, ssm.A_log.data = torch.tensor([[50.], [-40.]]), torch.tensor([[5.], [0.]])
-    exact = copy.deepcopy(model.to(dtype)).double()
-    logits = model(tokens)
-    with torch.no_grad():
-        close(logits.double(), exact(tokens), tolerance)
-    logits.float().square().mean().backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
+        y, _ = ssm_scan(*inputs, torch.zeros(1, l).bool())
+        loss = (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum()
+        found.append([y, *torch.autograd.grad(loss, inputs)])
+    for a, b in zip(*found):
+        assert ((a - b).abs().max() / b.abs().max()).item() < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_constant_zero_and_huge_inputs(dtype):
-    """No NaN or inf in outputs or gradients: any scale of the residual stream, and 1e4 without a norm before the layer."""
-    for scale in (0, 1e-30, 1, 1e38):
-        for config in (small(), small(chunking=modulo_rule), small(chunk_size=None, kv="linear+ssm")):
+    """No NaN or inf in outputs or gradients, whatever the scale of the residual stream."""
+    for config in (small(), small(chunking=rule_of_all), small(chunk_size=None, kv="linear+ssm", qk_norm=True)):
+        for scale in (0, 1e-30, 1, 1e38):
             for tokens in (torch.zeros(2, 50).long(), torch.randint(19, (2, 50))):
                 model = Attamba(config).to(dtype)
                 model.embed.weight.data *= scale
                 logits = model(tokens)
                 logits.float().square().mean().backward()
                 assert logits.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters()), (scale, config)
-    for x in (torch.zeros(2, 50, 16), torch.ones(2, 50, 16), 1e4 * torch.randn(2, 50, 16), 1e4 * torch.ones(2, 50, 16)):
-        layer, x = AttambaAttention(small(), 1).to(dtype), x.to(dtype).requires_grad_()
-        layer(x).float().sum().backward()
-        assert all(p.grad.isfinite().all() for p in (x, *layer.parameters()))
+        layer = AttambaAttention(config, 1).to(dtype)
+        for x in (torch.zeros(2, 50, 16), 1e4 * torch.randn(2, 50, 16), 1e4 * torch.ones(2, 50, 16)):
+            layer(x.to(dtype), boundaries=torch.rand(2, 50) < 0.3).float().sum().backward()
+            assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
-# ---------------------------------------------------------------------------------------
-# The whole model: every way of computing agrees
-
-def modulo_rule(tokens, positions, layer):
-    """Chunk ends that depend on the tokens: rows of a batch get different chunks."""
-    return tokens % 5 == layer % 5
-
-
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of outputs and gradients, but:
-BF16_GRADIENTS = 4e-2  # sums over all tokens: largest of some 1,200 cases 3.12e-2 (the slow references: 99 % below 1.7e-2, as here)
-
-
-def check_case(seed):
-    """A random model and text: forward, the slow references, a prefix, cached calls of random sizes, compiled
-    blocks (one seed in 50) and a GPU where there is one must agree with float64, gradients too. Raises
-    AssertionError, naming the case."""
-    r = random.Random(seed)
-    torch.manual_seed(seed)
-    kv, heads, dim = r.choice(["ssm", "ssm", "linear", "linear+ssm"]), r.choice([2, 4]), r.choice([16, 16, 64])
-    layers = r.choice([1, 2, 3])
-
-    def one_or_each(values):  # one for all layers, or one for each
-        return r.choice(values) if r.random() < 0.7 else tuple(r.choice(values) for _ in range(layers))
-    config = AttambaConfig(
-        vocab_size=17, dim=dim, n_layers=layers, n_heads=heads, n_kv_heads=r.choice([None, 1, 2]), kv=kv,
-        head_dim=None if kv == "ssm" else r.choice([None, 2, 6]), chunk_size=one_or_each([None, 1, 2, 4, 7, 8, 20]),
-        leading_tokens=one_or_each([None, 0, 1, 5, 64]), chunking=r.choice(["uniform", "cyclic", "random", modulo_rule]),
-        chunking_seed=r.choice([0, 7]), tie_embeddings=r.random() < 0.2, ssm_inner=r.choice([None, 4, 32]),
-        ssm_state=r.choice([1, 4, 16]), conv_size=r.choice([1, 2, 4]))
-    dtype = r.choice([torch.float64, torch.float64, torch.float32, torch.bfloat16])
-    length, batch = r.choice([1, 2, 6, 7, 8, 9, 31, 64, 97]), r.choice([1, 2, 3])
-    tokens = torch.randint(17, (batch, length))
-    mask = torch.rand(batch, length) < r.choice([0, 0.1, 0.5, 1]) if r.random() < 0.3 else None
-    case = f"python test_attamba.py --seed {seed}: {config}, {dtype}, tokens {batch} x {length}, mask {mask is not None}"
-    try:
-        exact = model_of(config) if dtype == torch.float64 else Attamba(config).to(dtype).double()
-        model = Attamba(config).to(dtype)
-        model.load_state_dict(exact.state_dict())
-        weights = torch.randn(batch, length, 17, dtype=dtype).double()
-
-        def tables(*arguments):  # RoPE's from the CPU: float32, and a GPU's sine has another last bit
-            return [t.to(arguments[-1]) for t in rope_angles(*arguments[:-1], "cpu")]
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attamba, "attend", attend_ref)
-            patch.setattr(attamba, "ssm_scan", ssm_scan_ref)
-            slow = results(exact, tokens, weights, mask)
-        fast, tolerance = results(model, tokens, weights, mask), TOLERANCE[dtype]
-        others = [fast]
-        if seed % 50 == 3:
-            others.append(results(compiled(model), tokens, weights, mask))
-        if torch.cuda.is_available():
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(attamba, "rope_angles", tables)
-                others.append(results(copy.deepcopy(model).cuda(), tokens, weights, mask))
-        for way in others:
-            allowed = tolerance if way is fast else max(tolerance, 1e-7)
-            close(way[0], slow[0], allowed)
-            for a, b in zip(way[1:], slow[1:]):
-                close(a, b, BF16_GRADIENTS if dtype == torch.bfloat16 else allowed)
-        with torch.no_grad():
-            n = r.randint(1, length)
-            close(model(tokens[:, :n], None if mask is None else mask[:, :n]).double(), slow[0][:, :n], tolerance)
-            room = length + r.choice([0, 0, 30])
-            cache, done, outputs = model.new_cache(batch, room, None if mask is None else room), 0, []
-            while done < length:
-                part = slice(done, done + r.choice([1, 1, 2, 5, 40]))
-                outputs.append(model(tokens[:, part], None if mask is None else mask[:, part], cache=cache))
-                done = part.stop
-        assert cache.position == length
-        assert all(layer.h is None or layer.h.dtype == torch.promote_types(dtype, torch.float32) for layer in cache.layers)
-        close(torch.cat(outputs, 1).double(), slow[0], tolerance)
-    except Exception as e:
-        raise AssertionError(f"{e}\n{case}") from e
-
-
-@pytest.mark.parametrize("seed", range(50))
-def test_random_cases(seed):
-    check_case(seed)
-
-
-@pytest.mark.parametrize("chunking", ["uniform", "cyclic", "random", modulo_rule])
-def test_step_equals_forward_at_every_length(chunking):
-    """The most reported fault of SSM code: steps that differ from forward, seen with non-zero states."""
-    model = model_of(small(chunking=chunking, n_layers=3))
-    tokens = torch.randint(19, (2, 30))
-    whole = model(tokens)
-    for prefill in range(1, 14):
-        close(in_calls(model, tokens, [prefill] + [1] * (30 - prefill)), whole, 1e-9)
-
-
-@pytest.mark.parametrize("chunking", ["uniform", "cyclic", "random", modulo_rule])
-def test_a_prefix_does_not_depend_on_what_follows(chunking):
-    """The released code fails this: it moves the last boundary to the end of the sequence."""
-    model = model_of(small(chunking=chunking))
-    tokens = torch.randint(19, (1, 40))
-    whole = model(tokens)
-    for length in range(1, 40):
-        close(model(tokens[:, :length]), whole[:, :length], 1e-9)
-
-
-def test_rows_of_a_batch_are_independent():
-    """The released code flattens the batch into one sequence."""
-    model = model_of(small(chunking=modulo_rule))
-    tokens = torch.randint(19, (3, 33))
-    close(model(tokens), torch.cat([model(row[None]) for row in tokens]), 1e-9)
-
-
-@pytest.mark.parametrize("P, L", [(1, 0), (2, 7), (16, 1), (None, 5), (8, None)])
-def test_the_same_weights_at_other_P_and_L(P, L):
-    trained = model_of(small())
-    other = Attamba(small(chunk_size=P, leading_tokens=L, chunking="random")).double()
-    other.load_state_dict(trained.state_dict())
-    tokens = torch.randint(19, (2, 40))
-    assert (other(tokens) - trained(tokens)).abs().max() > 1e-3
-
-
-def test_linear_without_limits_is_a_plain_transformer():
-    """Against an independent few lines: causal softmax attention with RoPE, written out here."""
-    config = small(kv="linear", leading_tokens=None, n_layers=1)
-    model = model_of(config)
-    tokens = torch.randint(19, (1, 11))
-    block, x = model.blocks[0], model.embed(tokens)
-    a = F.rms_norm(x, (16,), eps=config.norm_eps)
-    q, (k, v) = block.attention.wq(a), block.attention.wkv(a).chunk(2, -1)
-    angle = torch.arange(11)[:, None] * 1e4 ** (-torch.arange(4) / 4)
-    turn = torch.polar(torch.ones(11, 4), angle).to(torch.complex128)
-    out = torch.zeros_like(a)
-    for head in (slice(0, 8), slice(8, 16)):
-        qc, kc = (torch.complex(t[0, :, head][:, :4], t[0, :, head][:, 4:]) * turn for t in (q, k))
-        scores = (qc @ kc.conj().T).real / 8 ** 0.5
-        scores = scores.masked_fill(torch.ones(11, 11).triu(1).bool(), -torch.inf)
-        out[0, :, head] = scores.softmax(-1) @ v[0, :, head]
-    x = x + block.attention.wo(out)
-    gate, up = block.w_gate_up(F.rms_norm(x, (16,), eps=config.norm_eps)).chunk(2, -1)
-    x = x + block.w_down(F.silu(gate) * up)
-    close(model(tokens), model.head(F.rms_norm(x, (16,), eps=config.norm_eps)), 1e-6)
-
-
-def test_a_transformer_is_converted_by_its_own_weights():
-    """kv="linear+ssm" with W_out = 0 starts as the strided attention that the weights were trained for. Here that is full
-    attention: chunks of one token hide nothing."""
-    trained = Attamba(small(kv="linear", leading_tokens=None)).double()
-    other = Attamba(small(kv="linear+ssm", chunk_size=1)).double()
-    left = other.load_state_dict(trained.state_dict(), strict=False)
-    assert not left.unexpected_keys and all(".ssm." in key for key in left.missing_keys)
-    for block in other.blocks:
-        block.attention.ssm.w_out.data.zero_()
-    tokens = torch.randint(19, (2, 40))
-    close(other(tokens), trained(tokens), 1e-9)
-
-
-def test_autocast():
-    """Logits, gradients and cached calls against float64."""
-    for config in (small(), small(chunking=modulo_rule), small(chunk_size=None)):
+def test_autocast(monkeypatch):
+    """Logits, gradients and cached calls against float64. The scan is float32, its products too."""
+    def spy(u, dt, A, *rest, scan=ssm_scan):
+        assert dt.dtype == A.dtype == torch.float32
+        y, h = scan(u, dt, A, *rest)
+        with torch.autocast("cpu", enabled=False):
+            assert torch.equal(y, scan(u, dt, A, *rest)[0])
+        return y, h
+    for config in (small(chunking=rule_of_all), small(chunk_size=None, qk_norm=True)):
         model, tokens, weights = Attamba(config), torch.randint(19, (2, 60)), torch.randn(2, 60, 19)
         expected = results(copy.deepcopy(model).double(), tokens, weights)
-        for a, b in zip(results(model, tokens, weights, autocast=True), expected):
-            close(a, b, 3e-2)
+        monkeypatch.setattr(attamba, "ssm_scan", spy)
         with torch.autocast("cpu", dtype=torch.bfloat16):
+            for a, b in zip(results(model, tokens, weights), expected):
+                close(a, b, 3e-2)
             close(in_calls(model, tokens, [30, 1, 1, 28]).double(), expected[0], 3e-2)
-
-
-@pytest.mark.parametrize("autocast", [True, False])
-def test_the_scan_is_float32_whatever_the_model_is(autocast, monkeypatch):
-    def spy(u, dt, A, B, C, D, *rest, scan=ssm_scan):
-        assert dt.dtype == A.dtype == D.dtype == torch.float32
-        y, h = scan(u, dt, A, B, C, D, *rest)
-        with torch.autocast("cpu", enabled=False):                                # its products, too
-            assert torch.equal(y, scan(u, dt, A, B, C, D, *rest)[0])
-        return y, h
-    monkeypatch.setattr(attamba, "ssm_scan", spy)
-    model = Attamba(small()).to(torch.float32 if autocast else torch.bfloat16)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        model(torch.randint(19, (2, 60)))
+        model.bfloat16()(tokens)
+        monkeypatch.undo()
 
 
 def test_one_compiled_graph_serves_all_layers():
-    """Phases are data: compiling each block must not compile once per layer."""
+    """Chunks are made outside of the blocks: compiling each must not compile once per layer."""
     from torch._dynamo.testing import CompileCounterWithBackend
     torch._dynamo.reset()
     model, tokens = Attamba(small(n_layers=3, chunk_size=5)), torch.randint(19, (2, 40))
     expected, counter = model(tokens), CompileCounterWithBackend("aot_eager")
     for block in model.blocks:
         block.compile(backend=counter, fullgraph=True)
-    logits = model(tokens)
-    logits.sum().backward()
-    close(logits, expected, 1e-5)
+    close(model(tokens), expected, 1e-5)
+    model.generate(tokens, 3)                          # cached calls run uncompiled
     assert counter.frame_count == 1
-    with pytest.MonkeyPatch.context() as patch:  # a trained model generates, though its blocks are compiled
-        for block in model.blocks:
-            patch.setattr(block, "_compiled_call_impl", lambda *_: pytest.fail("a cached call was compiled"))
-        model.generate(tokens, 3)
     whole = torch.compile(Attamba(small(n_layers=1)), backend="aot_eager", fullgraph=True)
     close(whole(tokens), whole._orig_mod(tokens), 1e-5)
+
+
+def test_where_values_cannot_be_read():
+    """Under vmap and with fake tensors ids are not checked, and sizes are bounds."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    model, tokens = Attamba(small()), torch.randint(19, (3, 40))
+    close(torch.func.vmap(lambda row: model(row[None])[0])(tokens), model(tokens), 1e-6)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert model(mode.from_tensor(tokens)).shape == (3, 40, 19)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_how_weights_start(reset):
+    """Drawn by the constructor, or by each module's reset_parameters, in any order, after a start without memory."""
+    config = AttambaConfig(vocab_size=99, dim=64, n_layers=8, n_heads=4, kv="linear+ssm", qk_norm=True)
+    with torch.device("meta" if reset else "cpu"):
+        model = Attamba(config)
+    if reset:
+        model.to_empty(device="cpu")
+        for module in random.sample(modules := list(model.modules()), len(modules)):
+            for p in module.parameters(recurse=False):
+                p.data.fill_(math.nan)
+                module.reset_parameters()
+    for name, p in model.named_parameters():
+        kind = name.split(".")[-2 if name.endswith("weight") else -1]
+        if "norm" in kind or kind == "D":
+            assert (p == 1).all(), name
+        elif kind not in ("dt_bias", "A_log"):
+            std = {"wo": 0.005, "w_down": 0.005, "w_conv": 0.5 / math.sqrt(3)}.get(kind, 0.02)
+            assert abs(p.std() / std - 1) < 0.15 and abs(p.mean()) < p.std() / 10, name
+        assert (name in model.no_weight_decay()) == ("norm" in kind or kind in ("D", "dt_bias", "A_log", "w_conv"))
+    dt, A = (torch.cat(t).flatten() for t in zip(*((F.softplus(s.dt_bias), s.A_log.exp()) for s in (
+        block.attention.ssm for block in model.blocks))))
+    assert 0.99e-3 <= dt.min() and dt.max() <= 0.101 and 1 <= A.min() and A.max() <= 16
+    assert 9 < (1 / (dt * A)).log().mean().exp() < 21  # tokens until a state has decayed to 1 / e: 14 on average over many
 
 
 # ---------------------------------------------------------------------------------------
 # The cache
 
-@pytest.mark.parametrize("P, least", [(4, 0.6 * 4), (8, 0.6 * 8), (16, 0.5 * 16)])
-def test_the_cache_is_smaller(P, least):
+def test_the_cache_is_smaller():
     """Measured from what is allocated, states and window included, at 4096 tokens."""
-    sizes = dict(vocab_size=32, dim=128, n_layers=2, n_heads=4)
-    plain = Attamba(AttambaConfig(**sizes, kv="linear", leading_tokens=None)).new_cache(1, 4096)
-    cache = Attamba(AttambaConfig(**sizes, chunk_size=P)).new_cache(1, 4096)
-    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor))
-    assert cache.nbytes == held
+    def cache(length=4096, **more):
+        return Attamba(AttambaConfig(vocab_size=32, dim=128, n_layers=2, n_heads=4, **more)).new_cache(1, length)
+    plain = cache(kv="linear", leading_tokens=None)
     assert plain.nbytes >= 2 * 2 * 4096 * 128 * 4
-    assert plain.nbytes / cache.nbytes >= least
+    for P in (4, 8, 16):
+        held = [t for layer in cache(chunk_size=P).layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
+        assert cache(chunk_size=P).nbytes == sum(t.numel() * t.element_size() for t in held) <= plain.nbytes / P / 0.5
+    assert cache(10 ** 12, chunk_size=None).nbytes < 300_000                      # the cost follows what is allocated
 
 
 def test_full_and_foreign_caches():
-    model = Attamba(small(chunking=modulo_rule))
-    cache = model.new_cache(1, 10, max_chunks=1)
-    ends = torch.zeros(1, 10).long()  # 0 % 5 == 0: every token ends a chunk in layer 0
+    """What is refused leaves every layer as it was."""
+    model = Attamba(small(chunking=lambda tokens, positions, layer: tokens == layer))
+    cache, ones = model.new_cache(1, 10, max_chunks=1), torch.ones(1, 12).long()  # a 1 ends a chunk in layer 1 alone
 
     def use(tokens):
         model(tokens, cache=cache)
-    refuses(use, "max_len is 10", torch.zeros(1, 11).long())
-    refuses(use, "max_chunks is 1", ends)
-    assert cache.position == 0 and all(layer.h.abs().max() == 0 for layer in cache.layers)
-    refuses(use, "batch size 1", torch.zeros(2, 3).long())
-    refuses(lambda other: other(ends, cache=cache), "cache was made for", Attamba(small()))
-    refuses(lambda length: model.new_cache(1, length), "max_len", 0)
+    refuses(use, "max_len is 10", ones[:, :11])
+    refuses(use, "max_chunks is 1", ones[:, :10])
+    refuses(use, "batch size 1", torch.ones(2, 3).long())
+    refuses(lambda other: other(ones[:, :2], cache=cache), "cache was made for", Attamba(small()))
+    assert all(layer.position == 0 and layer.h.abs().max() == 0 for layer in cache.layers)
+    for token in ones[:, :5].split(1, 1):
+        use(token)                                     # four in the window, one entry
+    refuses(use, "max_chunks is 1", ones[:, :1])
+    assert all(layer.position == 5 for layer in cache.layers)
+    for bad in (0, 10, None), (1, 0, None), (1, 10, -1):
+        refuses(lambda sizes: model.new_cache(*sizes), "must be at least", bad)
 
 
-@pytest.mark.parametrize("n", [1, 10])
-def test_a_mask_may_take_the_entries_that_the_rule_needs(n):
-    """Room for what the rule can need is no room for it after a mask with more chunk ends: refused, not overrun."""
-    model, tokens = Attamba(small(chunk_size=8, leading_tokens=4)), torch.randint(19, (1, 64))
-    cache = model.new_cache(1, 64)
-    model(tokens[:, :20], boundaries=torch.arange(20)[None] < 7, cache=cache)     # 7 entries, and there are 7
-    with pytest.raises(ValueError, match="max_chunks is 7"):
-        for part in tokens[:, 20:].split(n, 1):
-            model(part, cache=cache)
+def test_boundaries_need_max_chunks():
+    """A cache made for config.chunking has no room for any mask, unless the window or a rule of one's own needs all."""
+    tokens, ends = torch.randint(19, (1, 30)), torch.ones(1, 30).bool()
+    refuses(lambda model: model(tokens, boundaries=ends, cache=model.new_cache(1, 30)), "max_chunks=", Attamba(small()))
+    for config, most in (small(), 26), (small(chunking=rule_of_all), None), (small(leading_tokens=None), None):
+        model = Attamba(config)
+        close(model(tokens, boundaries=ends, cache=model.new_cache(1, 30, most)), model(tokens, boundaries=ends), 1e-5)
+    assert model.generate(tokens, 2, max_chunks=3).shape == (1, 32)
 
 
-def test_a_layer_alone_decodes():
-    """As in somebody else's model: its own cache, with RoPE or without."""
-    tables = attamba.rope_angles(0, 20, 8, 1e4, "cpu")
+def test_a_layer_alone():
+    """As in somebody else's model: its own cache, with RoPE or without, padded on the right."""
+    layer, x = AttambaAttention(small(), 1).double(), torch.randn(2, 20, 16, dtype=torch.float64)
+    tables = rope_angles(torch.arange(20), 8, 1e4)
     for rope in (None, True, False):
-        layer, x = AttambaAttention(small(), 1).double(), torch.randn(2, 20, 16, dtype=torch.float64)
         close(in_calls(layer, x, [7, 1, 1, 5, 6], rope=rope), layer(x, rope=rope), 1e-9)
-    close(layer(x, rope=tables), layer(x), 1e-9)
-    close(layer(x, rope=[t.expand(2, 20, 8) for t in tables]), layer(x), 1e-9)
-    still = torch.ones(20, 8), torch.zeros(20, 8)
-    close(layer(x, rope=False), layer(x, rope=still), 1e-9)
-    cache = layer.new_cache(2, 20)  # no gradients through a cache, in whatever mode it is used
-    assert not layer(x[:, :5], cache=cache).requires_grad and not layer(x[:, :1], cache=cache).requires_grad
-    assert not any(t.requires_grad for t in (cache.kv, cache.h, cache.conv))
+    for same in (dict(rope=tables), dict(rope=[t.expand(2, 20, 8) for t in tables]),
+                 dict(boundaries=chunk_ends(layer.config, torch.arange(20), 1))):
+        assert torch.equal(layer(x, **same), layer(x))
+    padded = torch.cat([x[:, :15], torch.full_like(x[:, 15:], 1e3)], 1)
+    close(layer(padded)[:, :15], layer(x)[:, :15], 1e-12)
+    cache = layer.new_cache(2, 20)                     # no gradients through a cache
+    assert not any(t.requires_grad for t in (layer(x[:, :5], cache=cache), layer(x[:, :1], cache=cache), cache.kv, cache.h))
     refuses(lambda x: layer(x, cache=cache), "cache is full", x[:, 5:])
-    refuses(lambda x: layer(x, cache=cache), "batch size 2", x[:1, :1])
-    foreign = AttambaAttention(small(leading_tokens=5), 1).new_cache(2, 20), AttambaAttention(small(), 0).new_cache(2, 20)
-    refuses(lambda cache: layer(x, cache=cache), "cache was made for", *foreign)
+    other = AttambaAttention(small(leading_tokens=5), 1), AttambaAttention(small(), 0)
+    refuses(lambda other: layer(x, cache=other.new_cache(2, 20)), "cache was made for", *other)
     refuses(lambda rope: layer(x[:, :2], rope=rope), "rope must be cos and sin of shape .2, 8. or .2, 2, 8.",
-            [t[:1] for t in tables], tables, [t[:2, :1] for t in tables], (tables[0][:2], tables[1][:1]),
-            [t[:2].expand(3, 2, 8) for t in tables])
-    refuses(lambda mask: layer(x, mask), "boundaries must be bool of shape .1 or 2, 20.",
-            torch.zeros(1, 20), torch.zeros(3, 20).bool())
-    refuses(layer, "x must be of shape", x[:, :0], x[0])
-    refuses(AttambaAttention(small(chunking=modulo_rule), 1).double(), "callable chunking", x)
-    refuses(lambda number: AttambaAttention(small(), number), "layer must lie in 0 ... 1", 2, -1)
+            [t[:1] for t in tables], tables, (tables[0][:2], tables[1][:1]), [t[:2].expand(3, 2, 8) for t in tables])
+    refuses(lambda mask: layer(x, boundaries=mask), "must be bool of shape .1 or 2, 20.", torch.zeros(3, 20).bool())
+    refuses(layer, "the input must be of shape", x[:, :0], x[0])
+    refuses(layer, "dtype", x.bfloat16(), error=RuntimeError)                     # as nn.Linear does
+    refuses(lambda mask: layer(x, mask), "positional", torch.ones(2, 20).bool(), error=TypeError)  # no padding mask
+    refuses(AttambaAttention(small(chunking=rule_of_all), 1).double(), "callable chunking", x)
+    refuses(lambda number: AttambaAttention(small(), number), "layer must be in 0 ... 1", 2, -1)
+    odd, x = AttambaAttention(small(dim=6, ssm_inner=4), 1), torch.randn(1, 5, 6)
+    assert odd(x, rope=False).shape == (1, 5, 6)
+    refuses(odd, "head_dim must be even", x)
 
 
-def test_generate():
-    model, prompt = model_of(small(), torch.float32), torch.randint(19, (2, 9))
-    greedy = model.generate(prompt, 20, temperature=0)
-    assert torch.equal(greedy, model.generate(prompt, 20, temperature=1e-40))
-    expected = prompt
-    for _ in range(20):  # without a cache
-        expected = torch.cat([expected, model(expected)[:, -1].argmax(-1, keepdim=True)], 1)
-    assert torch.equal(greedy, expected)
-    assert torch.equal(model.generate(prompt, 20, seed=3), model.generate(prompt, 20, seed=3))
-    assert not torch.equal(model.generate(prompt, 20, seed=3), model.generate(prompt, 20, seed=4))
-    assert torch.equal(model.generate(prompt, 20, top_k=1), greedy)
-    assert torch.equal(model.generate(prompt, 20, top_p=1e-9), greedy)
-    assert [t.shape for t in model.stream(prompt, 3)] == [(2, 1)] * 3
-    assert torch.equal(model.generate(prompt, 0), prompt)
-    for bad in (dict(temperature=-1), dict(top_k=0), dict(top_p=0.0), dict(max_new_tokens=-1)):
-        with pytest.raises(ValueError, match=[*bad][0]):
-            model.stream(prompt, **{"max_new_tokens": 2, **bad})
+def test_a_cache_is_plain_tensors():
+    """It is copied and its rows are permuted at any time."""
+    model, tokens, order = Attamba(small(chunking=rule_of_all)).double(), torch.randint(19, (3, 40)), torch.tensor([2, 0, 0])
+    cache, whole = model.new_cache(3, 40), model(tokens)
+    model(tokens[:, :20], cache=cache)
+    copied = copy.deepcopy(cache)
+    for layer in copied.layers:
+        for name, t in vars(layer).items():
+            if isinstance(t, torch.Tensor):
+                setattr(layer, name, t[order])
+    for token in range(20, 40):
+        now = slice(token, token + 1)
+        close(model(tokens[:, now], cache=cache), whole[:, now], 1e-9)
+        close(model(tokens[order, now], cache=copied), whole[order, now], 1e-9)
 
 
-def test_a_model_made_without_memory():
-    """Built on the meta device, then given its weights: no number that decoding needs may be lost."""
-    for chunking in ("cyclic", "random"):
-        model, tokens = Attamba(small(chunking=chunking)), torch.randint(19, (2, 30))
-        with torch.device("meta"):
-            other = Attamba(model.config)
-        other = other.to_empty(device="cpu")
-        other.load_state_dict(model.state_dict())
-        close(in_calls(other, tokens, [20] + [1] * 10), model(tokens), 1e-5)
+class Int8(nn.Module):
+    """A Linear whose weight is no floating-point parameter, as quantisers make it."""
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = nn.Parameter((linear.weight * 1000).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype) / 1000)
 
 
-def test_top_p_keeps_the_smallest_set():
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(2000, 1)
-    drawn = attamba.sample(logits, 1.0, None, 0.7, torch.Generator().manual_seed(0))
-    assert set(drawn.flatten().tolist()) == {0, 1}
+def test_dtype_and_device_of_a_cache():
+    model, tokens = Attamba(small(kv="linear+ssm")), torch.randint(19, (2, 20))
+    for block in model.blocks:
+        block.attention.wq, block.attention.wkv = Int8(block.attention.wq), Int8(block.attention.wkv)
+    close(in_calls(model, tokens, [15, 1, 4]), model(tokens), 1e-5)
+    layer = model.new_cache(1, 9, dtype=torch.bfloat16, device="meta").layers[0]
+    assert layer.kv.dtype == layer.conv.dtype == torch.bfloat16 and layer.h.dtype == torch.float32 and layer.h.is_meta
 
 
 # ---------------------------------------------------------------------------------------
-# Configuration and bad input
+# Generation
 
-def test_chunk_rules():
-    positions = torch.arange(8000)
-    for P in (1, 3, 8):
-        config = small(chunk_size=P, n_layers=16, chunking="random")
-        ends = torch.stack([chunk_ends(config, positions, layer) for layer in range(16)])
-        assert abs(ends.float().mean().item() * P - 1) < 0.05
-        assert P == 1 or (ends[0] != ends[1]).float().mean() > 0.9 * 2 * (1 / P) * (1 - 1 / P)
-        if P > 1:  # neighbours and layers are independent, and so are seeds
-            for other in (ends[:, 1:] & ends[:, :-1], ends[1:] & ends[:-1]):
-                assert abs(other.float().mean().item() * P ** 2 - 1) < 0.1
-            seeds = [chunk_ends(small(chunk_size=P, chunking="random", chunking_seed=s), positions, 0) for s in (0, 1, 1024)]
-            assert all((a != b).any() for a, b in ((seeds[0], seeds[1]), (seeds[0], seeds[2]), (seeds[2], ends[1])))
-    cyclic = small(chunk_size=4, n_layers=8)  # more layers than tokens in a chunk: all phases occur
-    assert {int(chunk_ends(cyclic, positions, layer).nonzero()[0]) for layer in range(8)} == {0, 1, 2, 3}
-    assert not chunk_ends(small(chunk_size=None), positions, 0).any()
+def test_generate():
+    model, prompt = Attamba(small()), torch.randint(19, (2, 9))
+    greedy, expected = model.generate(prompt, 20, temperature=0), prompt
+    for _ in range(20):  # without a cache
+        expected = torch.cat([expected, model(expected)[:, -1].argmax(-1, keepdim=True)], 1)
+    for same in (dict(temperature=0), dict(temperature=1e-40), dict(top_k=1), dict(top_p=1e-9)):
+        assert torch.equal(model.generate(prompt, 20, **same), expected)
+    assert torch.equal(model.generate(prompt, 20, seed=3), model.generate(prompt, 20, seed=3))
+    assert not torch.equal(model.generate(prompt, 20, seed=3), model.generate(prompt, 20, seed=4))
+    assert [t.shape for t in model.stream(prompt, 3)] == [(2, 1)] * 3 and torch.equal(model.generate(prompt, 0), prompt)
+    for bad in (dict(temperature=-1), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.1), dict(max_new_tokens=-1)):
+        with pytest.raises(ValueError, match=[*bad][0]):
+            model.stream(prompt, **{"max_new_tokens": 2, **bad})
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(2000, 1)         # top_p keeps the smallest set
+    assert set(attamba.sample(logits, 1.0, None, 0.7, None).flatten().tolist()) == {0, 1}
+    model.head.weight.data.zero_()                     # all tokens are equally likely: one generator serves all steps
+    assert len(set(model.generate(prompt, 40, seed=0)[0, 9:].tolist())) > 5
 
+
+def test_every_token_is_a_call_of_the_model():
+    """Hooks fire, an overridden forward counts, though it need not know `last`, and only the last token has logits."""
+    class Shifted(Attamba):
+        def forward(self, tokens, boundaries=None, cache=None):
+            return super().forward(tokens, boundaries=boundaries, cache=cache).roll(1, -1)
+    model, prompt, widths = Attamba(small()), torch.randint(19, (1, 30)), []
+    for module in (model.blocks[1], model.head):
+        module.register_forward_hook(lambda module, inputs, out: widths.append(out.shape[1]))
+    model.generate(prompt, 3)
+    assert widths == [30, 1, 1, 1, 1, 1]
+    close(model(prompt, last=True), model(prompt)[:, -1:], 1e-6)
+    shifted = Shifted(small())
+    token = shifted.generate(prompt, 2, temperature=0)[:, -1:]
+    shifted.__class__ = Attamba
+    assert not torch.equal(shifted.generate(prompt, 2, temperature=0)[:, -1:], token)
+
+
+# ---------------------------------------------------------------------------------------
+# Bad input
 
 @pytest.mark.parametrize("field, value", [
-    ("vocab_size", 0), ("dim", -1), ("n_layers", 0), ("n_heads", 3), ("n_kv_heads", 3), ("head_dim", 3), ("head_dim", 4), ("kv", "mlp"),
-    ("chunk_size", 0), ("chunk_size", 2.5), ("chunk_size", (4, 0)), ("leading_tokens", -1), ("leading_tokens", (1, 2, 3)), ("chunking", "words"), ("ssm_heads", 3),
-    ("ssm_state", 0), ("conv_size", 0), ("rope_theta", 0.0), ("norm_eps", 0.0)])
+    ("vocab_size", 0), ("dim", -1), ("n_heads", 3), ("n_kv_heads", 3), ("head_dim", 4), ("kv", "mlp"), ("chunk_size", 2.5),
+    ("chunk_size", (4, 0)), ("chunk_size", True), ("leading_tokens", -1), ("leading_tokens", (1, 2, 3)), ("chunking", "words"),
+    ("ssm_heads", 3), ("chunking_seed", -1), ("rope_theta", 0.0), ("norm_eps", 0.0)])
 def test_bad_config_names_the_field(field, value):
-    with pytest.raises(ValueError, match=f"{field} must be"):
-        small(**{field: value})
+    refuses(lambda value: small(**{field: value}), f"{field} must be", value)
 
 
 def test_bad_tokens():
     model, good = Attamba(small()), torch.zeros(2, 5).long()
-    refuses(model, "tokens must be int64 or int32", good.float(), good[0], good[:, :0], good[:0])
     for use in model, lambda prompt: model.generate(prompt, 2):
+        refuses(use, "tokens must be int64 or int32", good.float(), good[0], good[:, :0], good[:0], [[1, 2]])
         refuses(use, "0 ... 18", good - 1, good + 19, error=IndexError)
-    refuses(lambda mask: model(good, mask), "boundaries must be bool", good, good.bool()[:, :4], good.bool()[0])
+    refuses(lambda mask: model(good, boundaries=mask), "boundaries must be bool of shape .2, 5.",
+            good, good.bool()[:, :4], good.bool()[0], good.bool()[:1])
     refuses(lambda rule: Attamba(small(chunking=rule))(good), "chunking rule returns must be bool",
             lambda t, p, l: t, lambda t, p, l: p == 0, lambda t, p, l: None)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
 def test_memory_of_a_long_layer():
-    """Forward and backward at 16,384 tokens: one S x S map of one head alone would take 1 GB; measured 0.66 GB in all."""
+    """Forward and backward at 16,384 tokens: one S x S map of one head alone would take 1 GB."""
     code = """if True:
         import re, torch
         from attamba import AttambaAttention, AttambaConfig
         peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
         before = peak()
         for P in (8, None):
-            layer = AttambaAttention(AttambaConfig(vocab_size=8, dim=128, n_layers=1, n_heads=4, chunk_size=P, leading_tokens=64), 0)
+            layer = AttambaAttention(AttambaConfig(vocab_size=8, dim=128, n_layers=1, n_heads=4, chunk_size=P), 0)
             layer(torch.randn(1, 16384, 128, requires_grad=True)).sum().backward()
         print(peak() - before)"""
     result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
-    assert int(result.stdout) * 1024 < 1e9
+    assert int(result.stdout) * 1024 < 1.5e9
 
 
 # ---------------------------------------------------------------------------------------
@@ -947,80 +832,17 @@ def test_readme_snippets_run(tmp_path):
 def test_the_demo_fits_a_terminal(tmp_path):
     """`python attamba.py`, the file alone in a folder: quick, 80 columns, and its two ways of computing agree."""
     (tmp_path / "attamba.py").write_bytes((HERE / "attamba.py").read_bytes())
-    for run in [start([sys.executable, "-W", "error", "attamba.py", *text], cwd=tmp_path) for text in ([], ["Größe"])]:
-        output, error = run.communicate(timeout=60)
-        assert run.returncode == 0, error
-        assert max(map(len, output.splitlines())) <= 80
-        assert float(re.search(r"differ by at most (\S+)", output)[1]) < 1e-5
+    run = start([sys.executable, "-W", "error", "attamba.py"], cwd=tmp_path)
+    output, error = run.communicate(timeout=60)
+    assert run.returncode == 0, error
+    assert max(map(len, output.splitlines())) <= 80
+    assert float(re.search(r"differ by at most (\S+)", output)[1]) < 1e-5
 
 
 def test_public_names_have_docstrings():
     for name, thing in vars(attamba).items():
         if getattr(thing, "__module__", "") == "attamba" and not name.startswith("_"):
             assert thing.__doc__, name
-
-
-# ---------------------------------------------------------------------------------------
-# The CUDA path
-
-@pytest.mark.parametrize("chunking", ["cyclic", "random"])
-def test_a_recorded_step_keeps_what_it_reads(chunking, monkeypatch):
-    """A CUDA graph knows addresses, not tensors: what it reads must live as long as the cache. Recorded on a CPU here."""
-    read, made = {}, set()
-
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            storages = [[t.untyped_storage() for t in tree_leaves(x) if isinstance(t, torch.Tensor)] for x in ((args, kwargs), out)]
-            read.update({s._cdata: StorageWeakRef(s) for s in storages[0] if s._cdata not in made})
-            made.update(s._cdata for s in storages[1] if s._cdata not in read)
-            return out
-
-    for name, fake in dict(graph=lambda graph: Recorder(), CUDAGraph=lambda: SimpleNamespace(replay=lambda: None), synchronize=lambda: None).items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(attamba, "_graph_fits", lambda model, tokens, cache: cache.position > 0)
-    model, tokens = Attamba(small(chunking=chunking)), torch.randint(19, (2, 8))
-    cache = model.new_cache(2, 20)
-    for part in tokens.split([5, 1, 1, 1], 1):
-        model(part, cache=cache)
-    del part
-    gc.collect()
-    assert len(read) > len(list(model.parameters())) and not any(storage.expired() for storage in read.values())
-
-
-def check_kernels(config, dtype, device, length, steps, tolerance, relative=False):
-    """On that device as it is, compiled and cached, against float64 on a CPU, which takes the plain path. relative: hold
-    each gradient to its own size, however small."""
-    exact, tokens, weights = Attamba(config).double(), torch.randint(19, (2, length)), torch.randn(2, length, 19)
-    model = Attamba(config).to(device, dtype)
-    model.load_state_dict(exact.state_dict())
-    expected = results(exact, tokens, weights)
-    sizes = [1, *(b.abs().max() if relative else 1 for b in expected[1:])]
-    for way in (model, compiled(model)):
-        for a, b, size in zip(results(way, tokens, weights), expected, sizes):
-            close(a / size, b / size, tolerance)
-    cached = in_calls(model, tokens.to(device), [length - steps] + [1] * steps)
-    close(cached.cpu().double(), expected[0], tolerance)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-# float64: RoPE's tables are float32 and a GPU's sine differs in the last bit; measured 3.0e-9 on an H200
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-7), (torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
-def test_gpu_agrees_with_cpu(dtype, tolerance):
-    """With heads of 32 and states of 16, so that the kernels take part where there are chunks of a fixed step."""
-    for changes in (dict(), dict(chunking=modulo_rule), dict(chunk_size=(None, 4), leading_tokens=(5, None)),
-                    dict(chunking="random", chunk_size=(None, 4))):
-        # From the third step on as a CUDA graph, where chunks end by a named rule.
-        check_kernels(small(dim=64, ssm_state=16, **changes), dtype, "cuda", 100, 10, tolerance)
-
-
-@pytest.mark.skipif(attamba.triton is None or not attamba.INTERPRET, reason="needs triton and TRITON_INTERPRET=1")
-@pytest.mark.parametrize("P, length", [(5, 23), (8, 70), ((None, 4), 40)])
-def test_kernels_in_the_interpreter(P, length):
-    """The CUDA kernels without a GPU. (float32: Triton 3.6's interpreter gets bfloat16 products wrong.)"""
-    warnings.simplefilter("ignore")  # the interpreter's own; pytest restores them
-    config = small(dim=64, ssm_state=16, chunk_size=P, leading_tokens=9)
-    check_kernels(config, torch.float32, "cpu", length, 4, 1e-4, relative=True)
 
 
 if __name__ == "__main__":
