@@ -703,7 +703,8 @@ class LayerCache:
     """What one attention layer remembers, in tensors whose first dimension is the batch:
 
     kv        (b, 2, kv heads, W + max_chunks, head_dim): keys (rotated) and values. First the
-              window, the last W = L + 1 tokens in order (W = max_len if L is None), then entries.
+              window, the last W = L + 1 tokens in order, the newest at its end (if L is None it
+              has max_len slots and is filled from the front); then the entries, oldest first
     ends      (b, W) bool: which tokens of the window end a chunk
     n_chunks  (b,) int64: entries in use
     h         (b, 2 SSM heads, p, n): states of the two SSMs, in at least float32
@@ -752,56 +753,61 @@ class LayerCache:
             raise ValueError("boundaries may end more chunks than config.chunking: say how many "
                              "when the cache is made, new_cache(..., max_chunks=...)")
         if not self.by_rule:
-            ends, leaving = self.with_window(ends)
-            need = int((self.n_chunks + ends[:, :leaving].sum(1)).max())
+            leaving = self.join(ends)[:, :ends.shape[1]]
+            need = int((self.n_chunks + leaving.sum(1)).max())
             if need > self.max_chunks:
                 raise ValueError(f"the cache is full: it needs {need} chunk entries, and "
                                  f"max_chunks is {self.max_chunks} (see new_cache)")
 
-    def with_window(self, ends):
-        """ends (1 or b, l) of the next tokens -> with those of the window's tokens before them
-        (b, w + l), and how many of all these tokens leave the window."""
-        window = self.ends[:, :self.position]                              # (b, w)
-        ends = torch.cat([window, ends.expand(len(window), -1)], 1)
-        return ends, max(0, ends.shape[1] - self.window)
+    def join(self, ends):
+        """ends (1 or b, l) of the next tokens -> with those of the window before them (b, W + l)"""
+        return torch.cat([self.ends, ends.expand(len(self.ends), -1)], 1)
 
     def append(self, kv, ends):
-        """Remember the next l tokens: kv (b, 2, kv heads, l, head_dim), ends (1 or b, l)."""
+        """Remember the next l tokens: kv (b, 2, kv heads, l, head_dim), ends (1 or b, l). No value
+        is read from the device: a GPU need not be waited for."""
         W, l, kv = self.window, kv.shape[3], kv.to(self.kv.dtype)
-        ends, leaving = self.with_window(ends)                             # (b, w + l)
-        w = ends.shape[1] - l
-        if leaving == 0:
-            self.kv[..., w:w + l, :], self.ends[:, w:w + l] = kv, ends[:, w:]
+        if W == self.max_len:  # nothing ever leaves
+            self.kv.index_copy_(3, self.position + torch.arange(l, device=kv.device), kv)
         else:
-            kv = torch.cat([self.kv[..., :w, :], kv], 3)                   # (..., w + l, head_dim)
-            old, ended = kv[..., :leaving, :], ends[:, :leaving]
+            kv, ends = torch.cat([self.kv[..., :W, :], kv], 3), self.join(ends)
+            old, ended = kv[..., :l, :], ends[:, :l]                       # the tokens that leave
             # Those that ended a chunk go to the next free entries, the others to slot 0, which is
-            # overwritten at once. No value is read: a GPU need not be waited for.
+            # overwritten at once.
             slot = torch.where(ended, W - 1 + self.n_chunks[:, None] + ended.cumsum(1), 0)
             self.kv.scatter_(3, slot[:, None, None, :, None].expand_as(old), old)
             self.n_chunks += ended.sum(1)
-            self.kv[..., :W, :], self.ends[:] = kv[..., leaving:, :], ends[:, leaving:]
+            self.kv[..., :W, :], self.ends[:] = kv[..., l:, :], ends[:, l:]
         self.position += l
+
+    def span(self):
+        """The slots of the window that are in use: the first, and the one after the last."""
+        if self.window == self.max_len:
+            return 0, self.position
+        return max(0, self.window - self.position), self.window
 
     def attend(self, q, k, v, ends):
         """Attention of the next l tokens over themselves and all that is remembered, which they
         join. q (b, heads, l, head_dim), k and v (b, kv heads, l, head_dim), ends (1 or b, l) bool
         -> (b, heads, l, head_dim)"""
         kv = torch.stack([k, v], 1)                                        # (b, 2, kv heads, l, d)
-        if q.shape[2] > 1:  # entries, window and new tokens as one sequence; all entries are ends
+        if q.shape[2] > 1:  # entries, window and new tokens as one sequence; entries are ends
+            first, stop = self.span()
             entries = torch.arange(int(self.n_chunks.max()), device=q.device)
-            window = torch.arange(min(self.position, self.window), device=q.device)
-            past = self.kv[..., torch.cat([self.window + entries, window]), :].to(kv.dtype)
-            used = entries < self.n_chunks[:, None]
-            all_ends = torch.cat([used, self.with_window(ends)[0]], 1)
-            k, v = torch.cat([past, kv], 3).unbind(1)
+            window = torch.arange(first, stop, device=q.device)
+            past = self.kv[..., torch.cat([stop + entries, window]), :].to(kv.dtype)
+            all_ends = torch.cat([entries < self.n_chunks[:, None], self.ends[:, first:stop],
+                                  ends.expand(len(q), -1)], 1)
             self.append(kv, ends)
+            k, v = torch.cat([past, kv], 3).unbind(1)
             return attend(q, k, v, all_ends, self.config.leading_tokens)
-        # All that one token sees lies in the first slots, once it is there itself.
+        # All that one token sees is in the cache, once it is there itself.
         self.append(kv, ends)
-        used = self.n_chunks + min(self.position, self.window)             # (b,)
-        most = read(used.max(), otherwise=self.kv.shape[3])
-        mask = torch.arange(most, device=q.device) < used[:, None]         # (b, most)
+        first, stop = self.span()
+        stop = stop + self.n_chunks                                        # (b,)
+        most = read(stop.max(), otherwise=self.kv.shape[3])
+        slot = torch.arange(most, device=q.device)
+        mask = (first <= slot) & (slot < stop[:, None])                    # (b, most)
         k, v = self.kv[..., :most, :].unbind(1)
         grouped = q.to(k.dtype).unflatten(1, (k.shape[1], -1)).squeeze(3)  # (b, kv heads, group, d)
         out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask[:, None, None])
