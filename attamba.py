@@ -15,8 +15,8 @@ of a chunk, else 1.)
     attention  query t sees  { s <= t : t - s <= L  or  token s ends a chunk }
 
 A chunk boundary is nothing but a zero in the decay: after the last token of a chunk the state is
-forgotten. The key and value of that token, made like all others, stand for the whole chunk once
-the token has left the window. No key is seen twice.
+forgotten (and the short convolution starts anew). The key and value of that token, made like all
+others, stand for the whole chunk once the token has left the window. No key is seen twice.
 
     config = AttambaConfig(vocab_size=256, dim=128, n_layers=4, n_heads=4)
     model = Attamba(config)
@@ -29,13 +29,17 @@ b l d              batch, length (of this call), width of the model
 chunk_size    P    tokens per chunk (mean)
 leading_tokens L   recent predecessors that a query sees one by one
 ends               bool (1 or b, l), True where a token is the last of its chunk: the one way in
-                   which SSMs, attention and cache are told about chunks
-at                 positions of these tokens, made from ends once for all layers that share them
+                   which SSMs, attention and cache are told about chunks; a caller's own mask is
+                   handed over as `boundaries`
+at                 positions of these tokens, made from ends
+W                  slots of a cache's window: L + 1, or all max_len tokens
 a                  input of a layer
 q k v              queries, keys, values
 h                  state of an SSM
 u dt B C, A D, z   its input, step size, input and output map; decay, skip; gate
-H p n g            SSM heads, channels per head, state size, groups of heads that share B and C
+H p n g            SSM heads (of both SSMs together), channels per head, state size, groups of
+                   heads that share B and C (one for each SSM)
+t s                position of a query, of a key
 c                  the config
 
 [1] Akhauri, Huda, Abdelfattah. Attamba: Attending To Multi-Token States. arXiv 2411.17685
@@ -44,11 +48,13 @@ c                  the config
 [4] Shazeer. GLU variants improve transformer (SwiGLU). arXiv 2002.05202
 """
 import contextlib
+import functools
 import inspect
 import math
+import os
+import sys
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -60,7 +66,7 @@ from torch import Tensor
 # What can be chosen? Three knobs, kv, chunk_size and leading_tokens, span the whole family
 # from transformer to SSM.
 
-@dataclass
+@dataclass(unsafe_hash=True)
 class AttambaConfig:
     """Shape of a model. The defaults are the paper's mechanism [1, section 3].
 
@@ -94,7 +100,7 @@ class AttambaConfig:
     chunking_seed: int = 0                     # which chunks "random" makes
     ssm_inner: int | None = None               # channels of each SSM; None: dim / 2
     ssm_state: int = 32                        # state size n of each channel
-    ssm_heads: int | None = None               # SSM heads, one decay each; None: n_heads
+    ssm_heads: int | None = None               # heads of each SSM, one decay each; None: n_heads
     conv_size: int = 4                         # taps of the causal convolution
     qk_norm: bool = False                      # normalise queries and keys per head
     rope_theta: float = 1e4                    # base of the rotary positions
@@ -102,13 +108,14 @@ class AttambaConfig:
     norm_eps: float = 1e-5                     # epsilon of every RMSNorm
 
     def __post_init__(self):
-        check_config(self)
+        complete_config(self)
 
-    def of_layer(self, layer: int) -> "AttambaConfig":
+    def of_layer(self, layer):
         """The same with chunk_size and leading_tokens of that layer."""
-        P, L = (value[layer] if isinstance(value, (tuple, list)) else value
-                for value in (self.chunk_size, self.leading_tokens))
-        return replace(self, chunk_size=P, leading_tokens=L)
+        def pick(value):
+            return value[layer] if isinstance(value, (tuple, list)) else value
+        return replace(self, chunk_size=pick(self.chunk_size),
+                       leading_tokens=pick(self.leading_tokens))
 
 
 # ---------------------------------------------------------------------------------------
@@ -119,7 +126,7 @@ class Attamba(nn.Module):
     not depend on chunk_size, leading_tokens or chunking: a model with other values can load them.
     """
 
-    def __init__(self, config: AttambaConfig):
+    def __init__(self, config):
         super().__init__()
         self.config = config
         self.layer_configs = [config.of_layer(layer) for layer in range(config.n_layers)]
@@ -130,8 +137,7 @@ class Attamba(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
 
-    def forward(self, tokens: Tensor, *, boundaries: Tensor | None = None,
-                cache: "Cache | None" = None, last: bool = False) -> Tensor:
+    def forward(self, tokens, *, boundaries=None, cache=None, last=False):
         """tokens (b, l) int64 or int32 -> logits (b, l, vocab_size).
 
         boundaries: bool (b, l), True where a token ends its chunk, in all layers; default:
@@ -141,27 +147,25 @@ class Attamba(nn.Module):
         for another config or batch size, IndexError for ids outside the vocabulary.
         """
         check_tokens(tokens, self.config.vocab_size)
-        start = 0 if cache is None else cache.position
-        positions = start + torch.arange(tokens.shape[1], device=tokens.device)   # (l,)
+        positions = positions_of(tokens, cache)                                   # (l,)
         rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
         layers = [None] * len(self.blocks) if cache is None else cache.layers
-        # For all layers, before any of them changes: what is refused leaves a cache as it was.
-        chunks = [Chunks.of(c, layer, positions, len(tokens), boundaries, layer_cache, tokens)
+        # First the chunks of all layers, checked: an error must not leave a cache half advanced.
+        chunks = [Chunks.of(c, layer, positions, (len(tokens),), boundaries, layer_cache, tokens)
                   for layer, (c, layer_cache) in enumerate(zip(self.layer_configs, layers))]
         with calling(cache):
             x = self.embed(tokens)                                                # (b, l, d)
-            for block, chunk, layer_cache in zip(self.blocks, chunks, layers):
-                x = block(x, boundaries=chunk, cache=layer_cache, rope=rope)
+            for block, layer_chunks, layer_cache in zip(self.blocks, chunks, layers):
+                x = block(x, boundaries=layer_chunks, cache=layer_cache, rope=rope)
             if last:
                 x = x[:, -1:]
             return self.head(self.norm(x))                                # (b, l, vocab_size)
 
-    def new_cache(self, batch_size: int, max_len: int, max_chunks: int | None = None,
-                  dtype: torch.dtype | None = None, device=None) -> "Cache":
+    def new_cache(self, batch_size, max_len, max_chunks=None, dtype=None, device=None):
         """Allocate everything that decoding up to max_len tokens needs, at once.
 
         max_chunks: entries for chunk ends in each layer; default: what config.chunking can need
-        (a rule of your own could end a chunk at every token). Explicit boundaries need it.
+        (a rule of your own could end a chunk at every token). Explicit boundaries may need it.
         dtype, device: default those of the first floating-point parameter.
         Raises ValueError for sizes below 1 (max_chunks: below 0).
         """
@@ -169,41 +173,42 @@ class Attamba(nn.Module):
         return Cache([LayerCache(c, layer, batch_size, max_len, max_chunks, like)
                       for layer, c in enumerate(self.layer_configs)])
 
-    def stream(self, tokens: Tensor, max_new_tokens: int, *, temperature: float = 1.0,
-               top_k: int | None = None, top_p: float | None = None,
-               seed: int | None = None, max_chunks: int | None = None) -> Iterator[Tensor]:
+    def stream(self, tokens, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, seed=None,
+               max_chunks=None, cuda_graph=False):
         """Continue tokens (b, l); yields (b, 1) int64 max_new_tokens times.
 
         temperature 0 takes the likeliest token; top_k and top_p (probability mass) cut the tail;
         seed repeats a sample; max_chunks: of the cache, see new_cache. Every token is a call of
-        the model itself, so that hooks, wrappers and an overridden forward count.
+        the model itself, so that hooks, wrappers and an overridden forward count. cuda_graph:
+        record a step on a GPU and replay it for the others, for the length of this call; faster,
+        but hooks fire only while it is recorded, and a chunking rule must not read values.
         Raises ValueError for a negative temperature or count, top_k below 1, top_p outside (0, 1],
         and what forward raises for tokens.
         """
         check_tokens(tokens, self.config.vocab_size)
-        for name, value, ok, allowed in (
-                ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "at least 0"),
-                ("temperature", temperature, temperature >= 0, "at least 0"),
-                ("top_k", top_k, top_k is None or top_k >= 1, "at least 1, or None"),
-                ("top_p", top_p, top_p is None or 0 < top_p <= 1, "in (0, 1], or None")):
-            require(name, value, ok, allowed)
+        for name, value in dict(max_new_tokens=max_new_tokens, temperature=temperature).items():
+            require(name, value, value >= 0, "at least 0")
+        require("top_k", top_k, top_k is None or top_k >= 1, "at least 1, or None")
+        require("top_p", top_p, top_p is None or 0 < top_p <= 1, "in (0, 1], or None")
         generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
         cache = self.new_cache(len(tokens), tokens.shape[1] + max_new_tokens, max_chunks)
         # An overridden forward need not know `last`, which spares the logits of a whole prompt.
         last = {"last": True} if "last" in inspect.signature(self.forward).parameters else {}
 
-        def steps(tokens):
+        model = RecordedStep(self, cache) if cuda_graph and tokens.is_cuda else self
+
+        def steps(tokens):  # a generator of its own: what is refused, is refused at the call
             for _ in range(max_new_tokens):
-                logits = self(tokens, cache=cache, **last)[:, -1].float()         # (b, vocab_size)
+                logits = model(tokens, cache=cache, **last)[:, -1].float()        # (b, vocab_size)
                 tokens = sample(logits, temperature, top_k, top_p, generator)     # (b, 1)
                 yield tokens
         return steps(tokens)
 
-    def generate(self, tokens: Tensor, max_new_tokens: int, **options) -> Tensor:
+    def generate(self, tokens, max_new_tokens, **options):
         """tokens (b, l) -> (b, l + max_new_tokens), sampled with the options of `stream`."""
         return torch.cat([tokens, *self.stream(tokens, max_new_tokens, **options)], 1)
 
-    def no_weight_decay(self) -> set[str]:
+    def no_weight_decay(self):
         """Names of the parameters that take no weight decay (norms, convolutions, A, dt, D)."""
         return undecayed(self)
 
@@ -212,7 +217,7 @@ class Block(nn.Module):
     """x + Attention(RMSNorm(x)), then x + SwiGLU(RMSNorm(x)). (b, l, d) -> (b, l, d) [1; 4]
     Options as those of AttambaAttention."""
 
-    def __init__(self, config: AttambaConfig, layer: int):
+    def __init__(self, config, layer):
         super().__init__()
         dim, hidden = config.dim, config.hidden_dim
         self.norm1 = nn.RMSNorm(dim, eps=config.norm_eps)
@@ -221,8 +226,8 @@ class Block(nn.Module):
         self.w_gate_up = starting(nn.Linear(dim, 2 * hidden, bias=False))
         self.w_down = starting(nn.Linear(hidden, dim, bias=False), small_start(config))
 
-    def forward(self, x: Tensor, *, boundaries=None, cache=None, rope=None) -> Tensor:
-        x = x + self.attention(self.norm1(x), boundaries=boundaries, cache=cache, rope=rope)
+    def forward(self, x, **options):
+        x = x + self.attention(self.norm1(x), **options)
         gate, up = self.w_gate_up(self.norm2(x)).chunk(2, -1)                     # (b, l, hidden)
         return x + self.w_down(F.silu(gate) * up)
 
@@ -239,12 +244,11 @@ class AttambaAttention(nn.Module):
         out_t = W_O softmax(q_t k_s / sqrt(head_dim) over the s that t sees) v_s
 
     layer: index of the layer, 0 first: "cyclic" shifts the chunks by a phase that depends on
-    it, so that, with P layers or more, every token ends a chunk in some.
+    it, so that, with one P for P layers or more, every token ends a chunk in some.
     """
 
-    def __init__(self, config: AttambaConfig, layer: int):
+    def __init__(self, config, layer):
         super().__init__()
-        require("layer", layer, 0 <= layer < config.n_layers, f"in 0 ... {config.n_layers - 1}")
         c = self.config = config.of_layer(layer)
         self.layer = layer
         q_dim, kv_dim = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
@@ -258,32 +262,29 @@ class AttambaAttention(nn.Module):
             self.q_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps)
             self.k_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps)
 
-    def forward(self, a: Tensor, *, boundaries: "Tensor | Chunks | None" = None,
-                cache: "LayerCache | None" = None,
-                rope: tuple[Tensor, Tensor] | bool | None = None) -> Tensor:
+    def forward(self, a, *, boundaries=None, cache=None, rope=None):
         """a (b, l, d) -> (b, l, d).
 
         boundaries: bool (b, l) or (1, l), True where a token ends its chunk; default: by
         config.chunking. cache: from new_cache; a continues it and it advances in place, without
         gradients. rope: cos and sin (l, head_dim), or (1 or b, l, head_dim), of these l positions
-        as from rope_angles; None or True: made here; False: none, for a model that adds positions
-        of its own. Raises ValueError for an empty input, for a mask, angles or a cache that do not
-        fit, for a chunking rule without a mask.
+        as from rope_angles; None: made here; False: none, for a model that adds positions of its
+        own. Raises ValueError for an empty input, for a mask, angles or a cache that do not fit,
+        for a chunking rule without a mask.
         """
         if a.dim() != 3 or a.numel() == 0:
             raise ValueError(f"the input must be of shape (batch, length, {self.config.dim}), not "
                              f"empty, but got {shape_of(a)}")
-        c, start = self.config, 0 if cache is None else cache.position
-        positions = start + torch.arange(a.shape[1], device=a.device)
-        if not isinstance(boundaries, Chunks):
-            boundaries = Chunks.of(c, self.layer, positions, len(a), boundaries, cache)
-        ends, at = boundaries
-        if rope is None or rope is True:
+        c, positions = self.config, positions_of(a, cache)
+        if not isinstance(boundaries, Chunks):                         # the model hands over Chunks
+            boundaries = Chunks.of(c, self.layer, positions, (1, len(a)), boundaries, cache)
+        ends, at, table = boundaries
+        if rope is None:
             rope = rope_angles(positions, c.head_dim, c.rope_theta)
-        elif rope:
+        elif rope:  # given
             check_rope(rope, *a.shape[:2], c.head_dim)
 
-        with calling(cache):
+        with torch.set_grad_enabled(cache is None and torch.is_grad_enabled()):
             q = self.wq(a)                                             # q_t = W_Q a_t
             if "linear" in c.kv:
                 k, v = self.wkv(a).chunk(2, -1)                        # (b, l, kv heads * head_dim)
@@ -296,25 +297,24 @@ class AttambaAttention(nn.Module):
                 v = v + ssm_v                                          # v_t = a_t + SSM_V(a)_t
             dtype = q.dtype
             q, k, v = (t.unflatten(-1, (-1, c.head_dim)) for t in (q, k, v))
-            if c.qk_norm:                                              # (b, l, heads, head_dim)
+            if c.qk_norm:  # (b, l, heads, head_dim), in the weight's dtype also under autocast
                 q, k = (norm(t.to(norm.weight.dtype))
                         for norm, t in ((self.q_norm, q), (self.k_norm, k)))
             if rope:
                 q, k = rotate(q, *rope), rotate(k, *rope)
             q, k, v = (t.to(dtype).transpose(1, 2) for t in (q, k, v))
             if cache is None:                                          # (b, heads, l, head_dim)
-                out = attend(q, k, v, ends, c.leading_tokens, at)
+                out = attend(q, k, v, ends, c.leading_tokens, at, table)
             else:
                 out = cache.attend(q, k, v, ends)
             return self.wo(out.transpose(1, 2).flatten(2))
 
-    def new_cache(self, batch_size: int, max_len: int, max_chunks: int | None = None,
-                  dtype: torch.dtype | None = None, device=None) -> "LayerCache":
+    def new_cache(self, batch_size, max_len, max_chunks=None, dtype=None, device=None):
         """Cache of this layer alone; see Attamba.new_cache."""
-        like = first_float(self, dtype, device)
-        return LayerCache(self.config, self.layer, batch_size, max_len, max_chunks, like)
+        return LayerCache(self.config, self.layer, batch_size, max_len, max_chunks,
+                          first_float(self, dtype, device))
 
-    def no_weight_decay(self) -> set[str]:
+    def no_weight_decay(self):
         """Names of the parameters that take no weight decay."""
         return undecayed(self)
 
@@ -343,9 +343,9 @@ def attention_mask(ends, leading_tokens):
     return (distance >= 0) & (near | ends[:, None, :])
 
 
-def attend_ref(q, k, v, ends, leading_tokens, at=None):
+def attend_ref(q, k, v, ends, leading_tokens, *_):
     """Attention through the dense mask: the definition, quadratic in time and memory.
-    Arguments and result as in `attend`; at is not needed."""
+    Arguments and result as in `attend`."""
     mask = attention_mask(ends, leading_tokens)[:, None, -q.shape[2]:]  # (b, 1, lq, l)
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)
@@ -353,11 +353,12 @@ def attend_ref(q, k, v, ends, leading_tokens, at=None):
 
 
 # ---------------------------------------------------------------------------------------
-# Where does a chunk end? A rule looks at one token and its position, nothing else: so a
-# prefix is cut the same way whatever follows, and cached calls see the same chunks.
+# Where does a chunk end? A rule must look at one token and its position (and the layer), nothing
+# else: so a prefix is cut the same way whatever follows, and cached calls see the same chunks.
 
 def chunk_ends(config, positions, layer, tokens=None):
-    """Which tokens end a chunk [1, section 3.2]: positions (l,) int64 -> bool (1, l).
+    """Which tokens end a chunk [1, section 3.2]: positions (l,) int64 -> bool
+    (1, l), by a rule of your own (b, l).
 
     config: that of the layer (of_layer). Its chunking is one of
       "uniform"  (t + 1) % P == 0
@@ -383,10 +384,9 @@ def chunk_ends(config, positions, layer, tokens=None):
         ends = torch.zeros_like(positions, dtype=torch.bool)
     elif rule == "random":
         x = torch.zeros_like(positions)
-        for value in (config.chunking_seed, layer, positions, 0, 0):
-            # Mix the bits: xor-shift, multiply, modulo 2^31.
-            x = (((x >> 15) ^ x ^ value) * 0x2C1B3C6D + 0x3504F335) & 0x7FFFFFFF
-        ends = (x >> 4) % P == 0
+        for value in (config.chunking_seed, layer, positions, 0, 0):  # two rounds more, to mix
+            x = (((x >> 15) ^ x ^ value) * 0x2C1B3C6D + 0x3504F335) & 0x7FFFFFFF  # modulo 2^31
+        ends = (x >> 4) % P == 0                                       # low bits mix the least
     else:
         ends = (positions + 1 + phase(config, layer)) % P == 0
     return ends[None]
@@ -405,55 +405,60 @@ def count_ends(config, layer, length):
         return 0
     if config.chunking == "random":
         return int(chunk_ends(config, torch.arange(length), layer).sum())
-    return (length + phase(config, layer)) // config.chunk_size
+    return (length + phase(config, layer)) // config.chunk_size        # phase < P
 
 
 class Chunks(NamedTuple):
     """The chunks of one layer, as the model hands them to it: the mask, and what attention makes
-    of it. They are made outside of the blocks, so that compiled blocks know their sizes."""
+    of it. How many ends there are is read from values, which a compiled block cannot do: so all
+    this is made before the blocks run."""
     ends: Tensor                   # (1 or b, l) bool, True where a token is the last of its chunk
-    at: Tensor | None = None    # (1 or b, most) int64, see end_positions; none with a cache
+    at: Tensor | None = None       # (1 or b, most) int64, see end_positions; none with a cache
+    table: tuple | None = None     # the same for a GPU, see flex_table at the end of the file
 
     @classmethod
-    def of(cls, config, layer, positions, b, boundaries, cache, tokens=None):
-        """By the caller's boundaries, (b, l), for a lone layer also (1, l), or by config.chunking.
-        Raises ValueError where they do not fit, and where the layer's cache has no room."""
-        if boundaries is None:
-            ends, most = chunk_ends(config, positions, layer, tokens), None
-            if cache is None:
-                most = count_ends(config, layer, len(positions))
+    def of(cls, config, layer, positions, rows, boundaries, cache, tokens=None):
+        """By the caller's boundaries or by config.chunking (a rule needs tokens). rows: how many
+        rows boundaries may have, the batch size last. Raises ValueError where they do not fit, and
+        where the layer's cache has no room."""
+        explicit, l = boundaries is not None, len(positions)
+        # On a GPU the chunks of a named rule are kept (kept_chunks, at the end of the file).
+        if not explicit and cache is None and are_kept(config, positions):
+            return kept_chunks(config, layer, l, positions.device)
+        if explicit:
+            ends = check_mask(boundaries, rows, l)
         else:
-            rows = (1, b) if tokens is None else (b,)
-            ends, most = check_mask(boundaries, rows, len(positions)), None
-        if cache is None:
-            return cls(ends, end_positions(ends, most))
-        cache.check(config, layer, b, ends, boundaries is not None)
-        return cls(ends)
-
-
-def end_positions(ends, most=None):
-    """ends (rows, l) bool -> at (rows, most) int64: where the chunks end, in order; l where a row
-    has fewer. most: the most ends in a row; None: it is read, or l where that cannot be.
-
-    >>> end_positions(torch.tensor([[0, 1, 0, 1, 1], [0, 0, 1, 0, 0]]).bool()).tolist()
-    [[1, 3, 4], [2, 5, 5]]
-    """
-    l = ends.shape[1]
-    if most is None:
-        most = read(ends.sum(1).max(), otherwise=l)
-    at = torch.arange(l, device=ends.device).masked_fill(~ends, l)      # (rows, l)
-    return at.sort(1).values[:, :most]
+            ends = chunk_ends(config, positions, layer, tokens)
+        if cache is not None:
+            cache.check(config, layer, rows[-1], ends, explicit)
+            return cls(ends)
+        at = end_positions(ends)
+        return cls(ends, at, flex_table(at, config.leading_tokens, l, l))
 
 
 def read(x, otherwise):
     """The number in x, or another one that will do where no number can be read: while compiling or
     recording a CUDA graph, under vmap, from meta and fake tensors."""
-    if torch.compiler.is_compiling() or x.is_cuda and torch.cuda.is_current_stream_capturing():
+    recording = isinstance(x, Tensor) and x.is_cuda and torch.cuda.is_current_stream_capturing()
+    if recording or torch.compiler.is_compiling():
         return otherwise
     try:
         return int(x)
     except RuntimeError:
         return otherwise
+
+
+def end_positions(ends):
+    """ends (rows, l) bool -> at (rows, most) int64: where the chunks end, in order; l where a row
+    has fewer. most: of all rows; l where it cannot be read.
+
+    >>> end_positions(torch.tensor([[0, 1, 0, 1, 1], [0, 0, 1, 0, 0]]).bool()).tolist()
+    [[1, 3, 4], [2, 5, 5]]
+    """
+    l = ends.shape[1]
+    most = read(ends.sum(1).max(), otherwise=l)
+    at = torch.arange(l, device=ends.device).masked_fill(~ends, l)      # (rows, l)
+    return at.sort(1).values[:, :most]
 
 
 # ---------------------------------------------------------------------------------------
@@ -472,7 +477,7 @@ class ChunkSSM(nn.Module):
     weight (W_out absorbs it): zero in, zero out.
     """
 
-    def __init__(self, config: AttambaConfig, dim_in: int, dim_out: int):
+    def __init__(self, config, dim_in, dim_out):
         super().__init__()
         c = self.config = config
         conv_dim = c.ssm_inner + 2 * c.ssm_state                                  # u B C
@@ -485,7 +490,7 @@ class ChunkSSM(nn.Module):
         self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
+    def reset_parameters(self):
         """A fresh state should remember on the order of a chunk: 1 / (dt |A|) is about 14 tokens in
         the geometric mean, from 0.6 to 1000 over the heads [2]."""
         nn.init.normal_(self.w_in, std=0.02)
@@ -501,13 +506,16 @@ class ChunkSSM(nn.Module):
         """a (b, l, dim_in) or, if W_K and W_V are kept, (b, l, 2, dim_in); ends (1 or b, l) bool;
         cache: a LayerCache, whose states h and conv are continued, in place
         -> keys and values (b, l, dim_out) of all tokens, before residual and RoPE."""
-        if a.dim() == 3:  # both SSMs read the same
+        if a.dim() == 3:  # both SSMs read the same: one product with W_in (2, e, d) as (2 e, d)
             x = F.linear(a, self.w_in.flatten(0, 1)).unflatten(-1, (2, -1))
         else:
             x = torch.einsum("blsd,sed->blse", a, self.w_in)            # (b, l, 2, z | dt | u B C)
-        rates = (t.to(float32_at_least(x)) for t in (self.dt_bias, -self.A_log.exp(), self.D))
+        dt_bias, A_log, D = (t.to(float32_at_least(x)) for t in (self.dt_bias, self.A_log, self.D))
         state = () if cache is None else (cache.h, cache.conv)
-        y, h, conv = ssm_mix(x, self.w_conv, *rates, ends, *state)      # (b, l, 2, inner)
+        mix = ssm_mix if x.shape[1] > 1 or cache is None else ssm_mix_step
+        if kernels_fit(x, self.w_conv, self.D.shape[1]):
+            mix = ssm_mix_cuda                           # the same, at the end of the file
+        y, h, conv = mix(x, self.w_conv, dt_bias, -A_log.exp(), D, ends, *state)  # (b, l, 2, inner)
         if cache is not None:
             cache.h.copy_(h)
             cache.conv.copy_(conv)
@@ -528,12 +536,40 @@ def ssm_mix(x, w_conv, dt_bias, A, D, ends, h=None, conv=None):
     z, dt, uBC = x.split((inner, heads, width), -1)
     uBC, conv = chunk_conv(uBC, w_conv, ends, conv)
     u, B, C = F.silu(uBC).split((inner, n, n), -1)
-    dt = F.softplus(dt.to(A.dtype) + dt_bias)                           # (b, l, 2, heads)
+    dt = F.softplus(dt + dt_bias)                                       # (b, l, 2, heads)
     # One scan for both SSMs: 2 * heads, in two groups, each with its B and C.
     u = u.unflatten(-1, (heads, -1)).flatten(2, 3)                      # (b, l, 2 heads, p)
-    scan = ssm_scan if x.shape[1] > 1 else ssm_scan_ref
-    y, h = scan(u, dt.flatten(2), A.flatten(), B, C, D.flatten(), ends, h)
+    y, h = ssm_scan(u, dt.flatten(2), A.flatten(), B, C, D.flatten(), ends, h)
     return y.flatten(2).unflatten(-1, (2, -1)) * F.silu(z), h, conv
+
+
+def ssm_mix_step(x, w_conv, dt_bias, A, D, ends, h, conv):
+    """ssm_mix of one token that continues h and conv: the equations as they stand. x (b, 1, 2,
+    z | dt | u B C); h, conv and the results as there."""
+    (_, H, p, n), heads, width = h.shape, A.shape[1], w_conv.shape[2]
+    z, dt, uBC = x.split((heads * p, heads, width), -1)                 # (b, 1, 2, ...)
+    past, keep = torch.cat([conv.to(x.dtype), uBC], 1), ~ends[..., None, None]
+    uBC = F.silu((past * w_conv.flip(0)).sum(1))                        # w_conv[0] is on the newest
+    u, B, C = uBC.split((heads * p, n, n), -1)                          # (b, 2, ...)
+    dt = F.softplus(dt[:, 0] + dt_bias).flatten(1)                      # (b, 2 heads)
+    y, h = ssm_step(h, u.reshape(-1, H, p), dt, A.flatten(), B, C, D.flatten())
+    return y.view(len(x), 1, 2, -1) * F.silu(z), h * keep, past[:, 1:] * keep
+
+
+def ssm_step(h, u, dt, A, B, C, D):
+    """One token of the recurrence [2, equation 1]:
+
+        h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t^T,   y_t = h_t C_t + D u_t
+
+    h (b, H, p, n), u (b, H, p), dt (b, H) positive, A (H,) negative, B and C (b, g, n), D (H,)
+    -> y (b, H, p), and h after the token
+    """
+    b, H, p, n = h.shape
+    # Heads and channels of a group side by side, so that its B and C broadcast.
+    added = (dt[..., None] * u).view(b, B.shape[1], -1, 1) * B[:, :, None]        # (b, g, H/g p, n)
+    h = torch.exp(dt * A)[..., None, None] * h + added.view_as(h)
+    y = (h.view_as(added) * C[:, :, None]).sum(-1)                      # autocast leaves this alone
+    return y.view_as(u) + D[:, None] * u, h
 
 
 def chunk_conv(x, weight, ends, tail=None):
@@ -549,41 +585,36 @@ def chunk_conv(x, weight, ends, tail=None):
     if tail is None:
         tail = x.new_zeros(len(x), k - 1, *x.shape[2:])
     past = torch.cat([tail.to(x.dtype), x], 1)                          # (b, k-1+l, 2, d)
-    # The number of each token's chunk; the tail belongs to the first.
+    # The number of each token's chunk: ends 0 1 0 0 1 -> 0 0 1 1 1; the tail lies in the first.
     chunk = F.pad(ends.cumsum(1) - ends.long(), (k - 1, 0))[:, :, None, None]
     y = weight[0] * x
     for j in range(1, k):
         back = slice(k - 1 - j, k - 1 - j + l)                          # the tokens t-j
-        y = y + weight[j] * past[:, back] * (chunk[:, back] == chunk[:, k - 1:])
-    still_open = chunk[:, l:] == ends.sum(1)[:, None, None, None]
-    return y.to(x.dtype), past[:, l:] * still_open
+        y = torch.addcmul(y, past[:, back], weight[j] * (chunk[:, back] == chunk[:, k - 1:]))
+    # The last k - 1 inputs, but for those whose chunk has ended.
+    return y.to(x.dtype), past[:, l:] * (chunk[:, l:] == ends.sum(1)[:, None, None, None])
 
 
 def ssm_scan_ref(u, dt, A, B, C, D, ends, h=None):
-    """The recurrence, token by token: the definition [2, equation 1].
-
-        h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t^T,   y_t = h_t C_t + D u_t
-
-    After a boundary h is set to zero, which is the r_t = 0 of the next token.
+    """The recurrence, token by token: the definition. After a boundary h is set to zero, which is
+    the r_t = 0 of the next token.
 
     u (b, l, H, p), dt (b, l, H) positive, A (H,) negative, B and C (b, l, g, n), D (H,),
     ends (1 or b, l) bool, initial state h (b, H, p, n) or None for zero
     -> y (b, l, H, p) and the final state (b, H, p, n), both in at least float32.
     """
     u, dt, B, C = (t.to(float32_at_least(u)) for t in (u, dt, B, C))
-    B, C = (t.repeat_interleave(u.shape[2] // t.shape[2], 2) for t in (B, C))     # (b, l, H, n)
     if h is None:
         h = u.new_zeros(len(u), *u.shape[2:], B.shape[-1])
     ys = []
     for u_t, dt_t, B_t, C_t, end_t in zip(*(t.unbind(1) for t in (u, dt, B, C, ends))):
-        added = (dt_t[..., None] * u_t)[..., None] * B_t[:, :, None]    # (b, H, p, n)
-        h = torch.exp(dt_t * A)[..., None, None] * h + added
-        ys.append((h @ C_t[..., None])[..., 0] + D[:, None] * u_t)      # (b, H, p)
+        y_t, h = ssm_step(h, u_t, dt_t, A, B_t, C_t, D)
         h = h * ~end_t[:, None, None, None]
+        ys.append(y_t)
     return torch.stack(ys, 1), h
 
 
-def ssm_scan(u, dt, A, B, C, D, ends, h=None, size=None):
+def ssm_scan(u, dt, A, B, C, D, ends, h=None):
     """The same as ssm_scan_ref, in parallel. Written out, the recurrence is a masked matrix product
     [2, section 6]:
 
@@ -592,41 +623,45 @@ def ssm_scan(u, dt, A, B, C, D, ends, h=None, size=None):
 
     It is done inside blocks of `size` tokens (no matter where chunks end); from block to block
     goes the recurrence itself. A boundary is a zero in M, never a large negative number in a sum.
-    size changes the speed only; the default was measured best.
     """
     l, groups = u.shape[1], B.shape[2]
-    if size is None:
-        size = 64 if u.is_cuda or l > 8192 else 32 if l > 2048 else 16
-    size = min(size, l)
+    size = min(l, 32)                                    # measured best, on a CPU
 
     def blocks(t):
         """(b, l, heads, ...) -> (b, blocks, g, heads / g, size, ...), zeros after the sequence: a
         token with dt = 0 has no effect."""
-        t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, -l % size)).unflatten(1, (-1, size))
+        in_dimension_1 = (0, 0) * (t.dim() - 2) + (0, -l % size)       # as F.pad wants it
+        t = F.pad(t, in_dimension_1).unflatten(1, (-1, size))
         return t.transpose(2, 3).unflatten(2, (groups, -1))
 
-    with torch.autocast(u.device.type, enabled=False):
+    with torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False):
         u, dt, B, C = (t.to(float32_at_least(u)) for t in (u, dt, B, C))
         x, B, C, log_a = blocks(u * dt[..., None]), blocks(B), blocks(C), blocks(dt * A)
         end = F.pad(ends, (0, -l % size)).unflatten(1, (-1, 1, 1, size))
         chunk = end.cumsum(-1) - end.long()              # number of each token's chunk in its block
         same = (chunk[..., :, None] == chunk[..., None, :]).tril()
-        # Log-decays summed between two tokens. (A difference of two sums would lose precision.)
+        # between[i, j]: the log-decays of j+1 ... i. (A difference of two sums is less precise.)
         between = log_a[..., None].expand(*log_a.shape, size).tril(-1).cumsum(-2)
         M = torch.exp(between) * same                    # (b, blocks, g, H/g, size, size)
         y = (M * (C @ B.mT)) @ x                         # (b, blocks, g, H/g, size, p)
-        # What a block adds to the state that leaves it, and what is left of one that enters it.
+        # From block to block. added: what a block adds to the state that leaves it. left: what its
+        # tokens still have of the state that entered it; passed: what leaves it of that state.
         added = (x * (M[..., -1, :] * ~end[..., -1:])[..., None]).mT @ B          # (..., p, n)
         left = torch.exp(log_a.cumsum(-1)) * (chunk == 0)                         # (..., size)
         passed = (left * ~end)[..., -1, None, None]
-        h = torch.zeros_like(added[:, 0]) if h is None else h.view_as(added[:, 0])
+        h = torch.zeros_like(added[:, 0]) if h is None else h.to(u.dtype).view_as(added[:, 0])
         entered = []
-        for passed_c, added_c in zip(passed.unbind(1), added.unbind(1)):
+        for passed_i, added_i in zip(passed.unbind(1), added.unbind(1)):
             entered.append(h)
-            h = passed_c * h + added_c                   # (b, g, H/g, p, n)
+            h = passed_i * h + added_i                   # (b, g, H/g, p, n)
         y = y + left[..., None] * (C @ torch.stack(entered, 1).mT)
         y = y.flatten(2, 3).transpose(2, 3).flatten(1, 2)[:, :l]                  # (b, l, H, p)
         return y + D[:, None] * u, h.flatten(1, 2)
+
+
+def positions_of(x, cache):
+    """Of the tokens x (b, l, ...), which continue a cache if there is one: (l,) int64"""
+    return torch.arange(x.shape[1], device=x.device) + (0 if cache is None else cache.position)
 
 
 def float32_at_least(x):
@@ -637,26 +672,29 @@ def float32_at_least(x):
 # ---------------------------------------------------------------------------------------
 # How is attention computed without an l x l map? By blocks of queries.
 
-def attend(q, k, v, ends, leading_tokens, at=None):
+def attend(q, k, v, ends, leading_tokens, at=None, table=None):
     """Attention as attention_mask shows it. A block of queries sees little: the chunk ends before
     it, and its own tokens with the L before them. These keys are put side by side, and a small
     mask says who sees what.
 
     q (b, heads, lq, head_dim), k and v (b, kv heads, l, head_dim) with lq <= l: the queries are the
-    last lq tokens. ends (1 or b, l) bool; at: as from end_positions(ends), None: made here
+    last lq tokens. ends (1 or b, l) bool; at and table: see Chunks, None: made here
     -> (b, heads, lq, head_dim)
     """
     lq, l, L = q.shape[2], k.shape[2], leading_tokens
     if (L is None or L >= l - 1) and lq == l:  # the window holds everything: ordinary attention
         return F.scaled_dot_product_attention(q, k, v, is_causal=True,
                                               enable_gqa=q.shape[1] != k.shape[1])
+    at = end_positions(ends) if at is None else at                      # (1 or b, most)
+    if flex_fits(q):
+        return attend_flex(q, k, v, *(table or flex_table(at, L, lq, l)))
     L = l - 1 if L is None else min(L, l - 1)
     # Keys and values of all tokens, (2, b, heads, l, d), and of the chunk ends, (..., most, d).
     kv = torch.stack([k, v]).repeat_interleave(q.shape[1] // k.shape[1], 2)
-    at = end_positions(ends) if at is None else at                      # (1 or b, most)
     kv_ends = torch.take_along_dim(kv, at.clamp(max=l - 1)[None, :, None, :, None], 3)
 
-    size, start, out = max(128, L, l // 64), l - lq, []  # queries a block; at most some 64 blocks
+    # At most some 64 blocks of queries, of at least L: no window reaches past the block before.
+    size, start, out = max(128, L, l // 64), l - lq, []
     before = kv[..., :start, :]
     # Split, not sliced: the gradient of every slice would be as long as kv.
     for q_block, block in zip(q.split(size, 2), kv[..., start:, :].split(size, 3)):
@@ -664,7 +702,7 @@ def attend(q, k, v, ends, leading_tokens, at=None):
         near = torch.cat([before[..., max(0, before.shape[3] - L):, :], block], 3)
         t = torch.arange(start, stop, device=q.device)[:, None]                   # queries
         s = torch.arange(stop - near.shape[3], stop, device=q.device)             # keys near them
-        # The chunk ends past the last query's window; some are still near to other queries.
+        # The chunk ends past the last query's window; for earlier queries a mask hides some.
         most = read((at < stop - 1 - L).sum(1).max(), otherwise=at.shape[1])
         far = at[:, None, :most] < t - L                               # (1 or b, queries, most)
         window = ((s <= t) & (t - s <= L)).expand(len(at), -1, -1)     # (1 or b, queries, near)
@@ -703,9 +741,10 @@ class LayerCache:
     """What one attention layer remembers, in tensors whose first dimension is the batch:
 
     kv        (b, 2, kv heads, W + max_chunks, head_dim): keys (rotated) and values. First the
-              window, the last W = L + 1 tokens in order, the newest at its end (if L is None it
-              has max_len slots and is filled from the front); then the entries, oldest first
-    ends      (b, W) bool: which tokens of the window end a chunk
+              window, the last W = L + 1 tokens in order, the newest at its end (a window of
+              max_len is filled from the front); then the entries, oldest first
+    ends      (b, W) bool: which tokens of the window end a chunk (unused in one of max_len, where
+              all tokens are in the window of each)
     n_chunks  (b,) int64: entries in use
     h         (b, 2 SSM heads, p, n): states of the two SSMs, in at least float32
     conv      (b, conv_size - 1, 2, u B C): the last inputs of their convolutions
@@ -714,16 +753,16 @@ class LayerCache:
     """
 
     def __init__(self, config, layer, batch_size, max_len, max_chunks, like):
-        require("batch_size", batch_size, batch_size >= 1, "at least 1")
-        require("max_len", max_len, max_len >= 1, "at least 1")
+        for name, value in dict(batch_size=batch_size, max_len=max_len).items():
+            require(name, value, value >= 1, "at least 1")
         require("max_chunks", max_chunks, (max_chunks or 0) >= 0, "at least 0, or None")
         c, b, L = config, batch_size, config.leading_tokens
         self.config, self.layer, self.max_len, self.position = config, layer, max_len, 0
         self.window = W = max_len if L is None else min(L + 1, max_len)
-        self.by_rule = max_chunks is None  # there is room for the rule's chunk ends, not for any
-        if max_chunks is None:
-            max_chunks = count_ends(c, layer, max_len - W)
-        self.max_chunks = max_len - W if max_chunks is None else min(max_chunks, max_len - W)
+        self.by_rule, most = max_chunks is None, max_len - W  # so many tokens can leave the window
+        if self.by_rule:  # room for the chunk ends of config.chunking; None: any token may be one
+            max_chunks = count_ends(c, layer, most)
+        self.max_chunks = most if max_chunks is None else min(max_chunks, most)
         self.kv = like.new_zeros(b, 2, c.n_kv_heads, W + self.max_chunks, c.head_dim)
         self.ends = like.new_zeros(b, W, dtype=torch.bool)
         self.n_chunks = like.new_zeros(b, dtype=torch.int64)
@@ -744,7 +783,7 @@ class LayerCache:
             raise ValueError(f"this cache was made for batch size {len(self.kv)}, layer "
                              f"{self.layer} of {self.config}, but it is used with batch size "
                              f"{rows}, layer {layer} of {config}")
-        if self.position + ends.shape[1] > self.max_len:
+        if read(self.position, otherwise=0) + ends.shape[1] > self.max_len:
             raise ValueError(f"the cache is full: it holds {self.position} tokens, "
                              f"{ends.shape[1]} more were given, and max_len is {self.max_len}")
         if self.max_chunks == self.max_len - self.window:  # room for any chunks
@@ -752,6 +791,7 @@ class LayerCache:
         if self.by_rule and explicit:
             raise ValueError("boundaries may end more chunks than config.chunking: say how many "
                              "when the cache is made, new_cache(..., max_chunks=...)")
+        # Else there is room: the rule's chunk ends were counted. (No recorded step comes here.)
         if not self.by_rule:
             leaving = self.join(ends)[:, :ends.shape[1]]
             need = int((self.n_chunks + leaving.sum(1)).max())
@@ -765,33 +805,36 @@ class LayerCache:
 
     def append(self, kv, ends):
         """Remember the next l tokens: kv (b, 2, kv heads, l, head_dim), ends (1 or b, l). No value
-        is read from the device: a GPU need not be waited for."""
+        is read here: a GPU need not be waited for."""
         W, l, kv = self.window, kv.shape[3], kv.to(self.kv.dtype)
         if W == self.max_len:  # nothing ever leaves
             self.kv.index_copy_(3, self.position + torch.arange(l, device=kv.device), kv)
         else:
             kv, ends = torch.cat([self.kv[..., :W, :], kv], 3), self.join(ends)
             old, ended = kv[..., :l, :], ends[:, :l]                       # the tokens that leave
-            # Those that ended a chunk go to the next free entries, the others to slot 0, which is
-            # overwritten at once.
+            # Those that ended a chunk go to the next free entries, the others (empty slots, too) to
+            # slot 0, which is overwritten at once.
             slot = torch.where(ended, W - 1 + self.n_chunks[:, None] + ended.cumsum(1), 0)
             self.kv.scatter_(3, slot[:, None, None, :, None].expand_as(old), old)
             self.n_chunks += ended.sum(1)
             self.kv[..., :W, :], self.ends[:] = kv[..., l:, :], ends[:, l:]
-        self.position += l
+        self.position = self.position + l
 
     def span(self):
-        """The slots of the window that are in use: the first, and the one after the last."""
+        """The slots of the window in use: the first, and the one after the last."""
         if self.window == self.max_len:
             return 0, self.position
-        return max(0, self.window - self.position), self.window
+        # A step is recorded only when the window is full; then position is a tensor.
+        return max(0, self.window - read(self.position, otherwise=self.window)), self.window
 
     def attend(self, q, k, v, ends):
         """Attention of the next l tokens over themselves and all that is remembered, which they
         join. q (b, heads, l, head_dim), k and v (b, kv heads, l, head_dim), ends (1 or b, l) bool
         -> (b, heads, l, head_dim)"""
         kv = torch.stack([k, v], 1)                                        # (b, 2, kv heads, l, d)
-        if q.shape[2] > 1:  # entries, window and new tokens as one sequence; entries are ends
+        if q.shape[2] > 1:
+            # Entries, window and new tokens as one sequence. Entries are chunk ends, and there are
+            # some only behind a full window: out of reach of the new tokens' windows, as before.
             first, stop = self.span()
             entries = torch.arange(int(self.n_chunks.max()), device=q.device)
             window = torch.arange(first, stop, device=q.device)
@@ -804,10 +847,13 @@ class LayerCache:
         # All that one token sees is in the cache, once it is there itself.
         self.append(kv, ends)
         first, stop = self.span()
-        stop = stop + self.n_chunks                                        # (b,)
-        most = read(stop.max(), otherwise=self.kv.shape[3])
+        stops, slots = stop + self.n_chunks, self.kv.shape[3]              # (b,)
+        # In steps of 64 slots: libraries prepare themselves anew for each size that they see.
+        most = min(-(-read(stops.max(), otherwise=slots) // 64) * 64, slots)
         slot = torch.arange(most, device=q.device)
-        mask = (first <= slot) & (slot < stop[:, None])                    # (b, most)
+        mask = slot < stops[:, None]                                       # (b, most)
+        if first > 0:  # the window is not full yet
+            mask = mask & (slot >= first)
         k, v = self.kv[..., :most, :].unbind(1)
         grouped = q.to(k.dtype).unflatten(1, (k.shape[1], -1)).squeeze(3)  # (b, kv heads, group, d)
         out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask[:, None, None])
@@ -834,12 +880,15 @@ class Cache:
 
 @contextlib.contextmanager
 def calling(cache):
-    """A cache changes in place: a call with one makes no gradients, and does not compile."""
+    """A cache changes in place: a call with one makes no gradients, and blocks that were compiled
+    for training run uncompiled."""
     if cache is None:
         yield
-    else:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
+        return
+    was_compiled = "torch._dynamo" in sys.modules          # if anything was
+    with torch.no_grad(), (torch.compiler.set_stance("force_eager") if was_compiled
+                           else contextlib.nullcontext()):
+        yield
 
 
 def sample(logits, temperature, top_k, top_p, generator):
@@ -860,8 +909,9 @@ def sample(logits, temperature, top_k, top_p, generator):
 # that is called: by its constructor, or by a trainer that builds the model without memory.
 
 def starting(module, std=0.02):
-    """The module, its weight drawn from N(0, std^2) now and at every reset_parameters()."""
-    module.reset_parameters = partial(draw_weight, module, std)
+    """The module, its weight drawn from N(0, std^2). Its own reset_parameters is replaced, so that
+    a trainer that calls it (after a start on the meta device, say) draws the same."""
+    module.reset_parameters = functools.partial(draw_weight, module, std)
     module.reset_parameters()
     return module
 
@@ -899,8 +949,8 @@ def require(name, value, ok, allowed):
         raise ValueError(f"{name} must be {allowed}, but it is {value!r}")
 
 
-def check_config(c):
-    """Fills in what is None by default; raises ValueError for a field that is out of range."""
+def complete_config(c):
+    """Checks each field, fills in what is None by default, checks fields with each other."""
     integers = (                           # fields, the least value, whether None is a value
         ("vocab_size dim n_layers n_heads ssm_state conv_size", 1, False),
         ("n_kv_heads head_dim hidden_dim ssm_inner ssm_heads chunk_size", 1, True),
@@ -917,9 +967,9 @@ def check_config(c):
                         f"an integer of at least {least}" + " or None" * optional)
     require("n_heads", c.n_heads, c.head_dim or c.dim % c.n_heads == 0,
             f"a divisor of dim ({c.dim})")
-    defaults = dict(n_kv_heads=c.n_heads, head_dim=c.dim // c.n_heads, hidden_dim=3 * c.dim,
-                    ssm_inner=max(1, c.dim // 2), ssm_heads=c.n_heads)
-    for name, default in defaults.items():
+    for name, default in dict(n_kv_heads=c.n_heads, head_dim=c.dim // c.n_heads,
+                              hidden_dim=3 * c.dim, ssm_inner=c.dim // 2 or 1,
+                              ssm_heads=c.n_heads).items():
         setattr(c, name, getattr(c, name) or default)
     for name, ok, allowed in (
             ("kv", c.kv in ("ssm", "linear", "linear+ssm"), '"ssm", "linear" or "linear+ssm"'),
@@ -957,8 +1007,7 @@ def check_mask(mask, rows, length, name="boundaries"):
 
 def check_rope(rope, rows, length, head_dim):
     """Broadcasting would hide a table of another length or batch."""
-    cos, sin = rope
-    one = length, head_dim
+    (cos, sin), one = rope, (length, head_dim)
     if cos.shape not in (one, (1, *one), (rows, *one)) or sin.shape != cos.shape:
         raise ValueError(f"rope must be cos and sin of shape {one} or {(rows, *one)}, one row for "
                          f"each position of this call, but got {shape_of(cos)}, {shape_of(sin)}")
@@ -973,8 +1022,7 @@ def shape_of(x):
 # How does it look? python attamba.py
 
 def demo():
-    """Print what two layers see, that two ways of computing agree, and how the cache grows."""
-    torch.manual_seed(0)
+    """Print what two layers see, and that two ways of computing agree."""
     config = AttambaConfig(vocab_size=256, dim=64, n_layers=2, n_heads=2,
                            chunk_size=4, leading_tokens=2)
     print("What a query (row) sees of each key (column), chunks of P = 4 tokens, L = 2:\n"
@@ -983,7 +1031,8 @@ def demo():
         print(f"layer {layer}")
         mask = attention_mask(chunk_ends(config, torch.arange(14), layer), 2)[0].tolist()
         for t, row in enumerate(mask):
-            print("   ", " ".join(".wC"[see + (see and t - s > 2)] for s, see in enumerate(row)))
+            print("   ", *("." if not see else "w" if t - s <= 2 else "C"
+                           for s, see in enumerate(row)))
 
     model, tokens = Attamba(config), torch.randint(256, (1, 100))
     cache = model.new_cache(1, 100)
@@ -991,11 +1040,410 @@ def demo():
     print("\n100 tokens step by step (recurrent, cached) and all at once (parallel):\n"
           f"logits differ by at most {(steps - model(tokens)).abs().max().item():.1e}")
 
-    print("\nKV cache, bytes of one sequence\n\n tokens  transformer    Attamba  ratio")
-    plain = Attamba(replace(config, kv="linear", leading_tokens=None))
-    for length in (16, 256, 4096, 65536):
-        a, b = (m.new_cache(1, length).nbytes for m in (plain, model))
-        print(f"{length:7}  {a:11,}  {b:9,}  {a / b:5.1f}")
+
+# ---------------------------------------------------------------------------------------
+# The optional CUDA path: the same results, faster on a GPU. Everything above is complete without
+# it; nothing below is needed to understand Attamba.
+
+from torch.nn.attention.flex_attention import BlockMask, flex_attention  # noqa: E402
+
+# Attention: the keys of the chunk ends, padded to whole tiles, are put in front of all tokens'
+# keys. Then any chunks are one block-sparse mask, and FlexAttention computes it.
+
+TILE = 128                                             # queries, and keys, of a tile of the mask
+
+
+def flex_fits(q):
+    """Whether attend_flex can take these queries."""
+    return q.is_cuda and q.dtype != torch.float64 and q.shape[-1] >= 16
+
+
+def are_kept(config, positions):
+    """Chunks of a named rule depend on the length alone: on a GPU, where making them is many small
+    kernels, those of the last lengths are kept. (Not of fake tensors, a class of their own.)"""
+    return (type(positions) is Tensor and positions.is_cuda and not callable(config.chunking)
+            and not torch.compiler.is_compiling())
+
+
+@functools.lru_cache(maxsize=32)
+def kept_chunks(config, layer, l, device):
+    """Those of positions 0 ... l - 1. Inference tensors could not be trained with later."""
+    with torch.inference_mode(False):
+        ends = chunk_ends(config, torch.arange(l, device=device), layer)
+        at = end_positions(ends)
+        return Chunks(ends, at, flex_table(at, config.leading_tokens, l, l))
+
+
+def flex_table(at, leading_tokens, lq, l):
+    """What the last lq of l queries see of [chunk ends | tokens], by tiles. at (1 or b, most) as
+    from end_positions -> at padded to whole tiles, and a BlockMask; None where it is not needed:
+    on a CPU, and where the window holds everything."""
+    L = l - 1 if leading_tokens is None else min(leading_tokens, l - 1)
+    if not at.is_cuda or L == l - 1 and lq == l:
+        return None
+    return block_mask(F.pad(at, (0, -at.shape[1] % TILE), value=l).int(), L, lq, l)
+
+
+def block_mask(at, L, lq, l):
+    """flex_table on any device, for at that is padded."""
+    rows, E, device = *at.shape, at.device
+    low = torch.arange(l - lq, l, TILE, device=device)                 # first query of each tile
+    high = (low + TILE).clamp(max=l) - 1                               # and its last
+
+    def seen(t):
+        """How many chunk ends the queries t see past their window: (rows, tiles)"""
+        return torch.searchsorted(at, (t - L).int().expand(rows, -1).contiguous())
+
+    # Tiles of keys (columns): chunk ends that all queries of a tile (rows) see need no mask.
+    end, key = torch.arange(E // TILE, device=device), torch.arange(0, l, TILE, device=device)
+    full = end < (seen(low) // TILE)[..., None]
+    some = end < (-(-seen(high) // TILE))[..., None]
+    near = (key <= high[:, None]) & (low[:, None] - key < L + TILE)    # (tiles of queries, of keys)
+    full, some = F.pad(full, (0, len(key))), torch.cat([some, near.expand(rows, -1, -1)], 2)
+
+    def listed(tiles):
+        """-> how many in each row, and which first: (rows, 1, tiles), (rows, 1, tiles, tiles)"""
+        order = torch.argsort(tiles.int(), dim=-1, descending=True, stable=True)
+        return tiles.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
+
+    def mask_mod(b, h, i, j):
+        """attention_mask, for query i and key j."""
+        t, s = i + (l - lq), j - E
+        window = (s >= 0) & (s <= t) & (t - s <= L)
+        if E == 0:
+            return window
+        return window | (j < E) & (at[b if rows > 1 else 0, j.clamp(max=E - 1)] < t - L)
+
+    return at.clamp(max=l - 1).long(), BlockMask.from_kv_blocks(
+        *listed(some & ~full), *listed(full), BLOCK_SIZE=TILE, mask_mod=mask_mod,
+        seq_lengths=(lq, E + l))
+
+
+def attend_flex(q, k, v, at, table):
+    """`attend`, from a flex_table."""
+    def with_ends(t):
+        index = at[:, None, :, None].expand(*t.shape[:2], -1, t.shape[3])
+        return torch.cat([t.gather(2, index), t], 2)                   # (b, kv heads, E + l, d)
+
+    options = dict(block_mask=table, enable_gqa=q.shape[1] != k.shape[1],
+                   kernel_options=dict(BACKEND="TRITON", fwd_BLOCK_M=128, fwd_BLOCK_N=64))
+    if torch.compiler.is_compiling():
+        return flex_attention(q, with_ends(k), with_ends(v), **options)
+    with torch.compiler.set_stance("default"):         # a call with a cache has "force_eager"
+        return torch.compile(flex_attention)(q, with_ends(k), with_ends(v), **options)
+
+
+# The SSMs by Triton kernels. The sequence is cut into tiles of Q tokens, no matter where chunks end
+# [2, section 6]:
+#   1. each tile's own state: what its tokens after the last chunk end leave behind;
+#   2. from tile to tile, state = (decay of the tile) state + (own state): what enters each tile;
+#   3. the output of each tile from its tokens and the state entering it.
+# Backward the same from the last tile to the first, with the gradients of the states.
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.language import constexpr
+    from triton.language.extra import libdevice
+except ImportError:
+    triton = None
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels then run on a CPU: for tests
+
+
+def kernels_fit(x, w_conv, heads):
+    """Whether ssm_mix_cuda can take x (b, l, 2, z | dt | u B C)."""
+    width = w_conv.shape[-1]
+    inner = x.shape[-1] - heads - width
+    p, n = inner // heads, (width - inner) // 2
+    return (triton is not None and (x.is_cuda or INTERPRET) and x.dtype != torch.float64
+            and {p, n} <= {16, 32, 64, 128} and p * n * x.element_size() <= 32768)
+
+
+if triton is not None:
+    FAST = constexpr(not INTERPRET)
+
+    @triton.jit
+    def _exp(x):
+        """exp without care for denormal numbers: half the instructions."""
+        return libdevice.fast_expf(x) if FAST else tl.exp(x)
+
+    @triton.jit
+    def _dot(a, b):
+        return tl.dot(a, b, input_precision="tf32x3")
+
+    @triton.jit
+    def _rows(X, i, j, ok, stride):
+        """Rows i and columns j of X: (rows, columns) in float32, zero in rows that are not ok."""
+        at = X + i[:, None] * stride + j[None, :]
+        return tl.load(at, mask=ok[:, None], other=0.0).to(tl.float32)
+
+    @triton.jit
+    def _put(X, i, j, ok, stride, x):
+        """Store x where _rows would load it."""
+        tl.store(X + i[:, None] * stride + j[None, :], x.to(X.dtype.element_ty), mask=ok[:, None])
+
+    @triton.jit
+    def _silu(X, i, j, ok, stride):
+        """SiLU of what _rows loads, and its derivative."""
+        x = _rows(X, i, j, ok, stride)
+        e = 1 + _exp(-x)
+        sigmoid = libdevice.fast_dividef(1.0, e) if FAST else 1 / e
+        return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
+
+    @triton.jit
+    def _conv_kernel(IN, OUT, X, W, DW, CHUNK, L, T, BACKWARD: constexpr, K: constexpr,
+                     width: constexpr, stride: constexpr, to: constexpr, size: constexpr,
+                     Q: constexpr, C: constexpr):
+        """chunk_conv at Q tokens and C channels: IN (b, L, 2, width), CHUNK (b, L + 1) the number
+        of each token's chunk -> OUT (b, L, 2, width). Backward: from the gradient IN that of X, to
+        OUT, and these tokens' part of that of W, to DW (parts, K, 2, width). stride, to, size:
+        distances between the SSMs of a token in IN, OUT and X."""
+        tile, c, s = tl.program_id(0).to(tl.int64), tl.program_id(0) % T * Q, tl.program_id(1) % 2
+        i, j = tl.arange(0, Q), tl.program_id(1) // 2 * C + tl.arange(0, C)
+        row, inside = (tile // T * L + c) * 2 + s, c + i < L
+        CHUNK += tile // T * (L + 1) + c
+        chunk, out = tl.load(CHUNK + i, mask=inside, other=-1), tl.zeros((Q, C), tl.float32)
+        if BACKWARD:
+            x = _rows(X + row * size, i, j, inside, 2 * size)
+        for k in tl.static_range(K):
+            i_k, at = i + k if BACKWARD else i - k, (k * 2 + s) * width + j
+            same = tl.load(CHUNK + i_k, mask=(c + i_k >= 0) & (c + i_k < L), other=-2) == chunk
+            term = _rows(IN + row * stride, i_k, j, same, 2 * stride)
+            out += tl.load(W + at).to(tl.float32)[None, :] * term
+            if BACKWARD:
+                tl.store(DW + tile * (K * 2 * width) + at, tl.sum(term * x, 0))
+        _put(OUT + row * to, i, j, inside, 2 * to, out)
+
+    @triton.jit
+    def _ssm_kernel(DT, UBC, A, SKIP, CHUNK, STATE, GRAD, Y, OWN, TOTAL, DX, DUBC, SUMS, L, T,
+                    STATES: constexpr, BACKWARD: constexpr, H: constexpr, p: constexpr,
+                    n: constexpr, Q: constexpr):
+        """One tile of one SSM. DT (b, L, 2, H) after softplus, UBC (b, L, 2, u B C) before SiLU.
+        Either (STATES) the tile's own state, OWN (b, T, 2, H, p, n), and TOTAL (b, T, 2, H), its
+        decay; backward the gradient of the state entering, the last tile first. Or, from the STATE
+        entering, Y (b, L, 2, H p); backward, from its gradient, in Y, and GRAD, that of the state
+        leaving, the gradients DX (b, L, 2, dt | .), DUBC and parts of those of dt_bias, A, D: SUMS
+        (b T, 3, 2, H). Where no chunk crosses the edge of a tile, nothing is stored for it."""
+        tile, c, s = tl.program_id(0).to(tl.int64), tl.program_id(0) % T, tl.program_id(1)
+        inner: constexpr = H * p
+        width: constexpr = inner + 2 * n
+        i, nn = tl.arange(0, Q), tl.arange(0, n)
+        inside, row = c * Q + i < L, (tile // T * L + c * Q) * 2 + s
+        CHUNK += tile // T * (L + 1) + c * Q
+        chunk = tl.load(CHUNK + i, mask=inside, other=-1)
+        before = tl.load(CHUNK - tl.minimum(c, 1))  # h enters the first tile
+        after = tl.load(CHUNK + tl.minimum(Q, L - c * Q))
+        enters = tl.load(CHUNK) == before
+        leaves = tl.load(CHUNK + tl.minimum(Q, L - c * Q) - 1) == after
+        if STATES:
+            if not (enters if BACKWARD else leaves):
+                return
+        UBC, DUBC, DX = UBC + row * width, DUBC + row * width, DX + row * (H + width)
+        DT, Y = DT + row * H, Y + row * inner
+        low = UBC.dtype.element_ty
+        B, slope_B = _silu(UBC, i, inner + nn, inside, 2 * width)
+        C, slope_C = _silu(UBC, i, inner + n + nn, inside, 2 * width)
+        B, C = B.to(low), C.to(low)
+        if not STATES:
+            same = (i[:, None] >= i[None, :]) & (chunk[:, None] == chunk[None, :])
+            dB, dC = tl.zeros((Q, n), tl.float32), tl.zeros((Q, n), tl.float32)
+        for h in range(H):
+            head, at, j = s * H + h, (tile * 2 + s) * H + h, h * p + tl.arange(0, p)
+            slot = at + (T - 1 - 2 * c) * (2 * H) if BACKWARD else at  # of OWN, TOTAL, GRAD
+            entries = (tl.arange(0, p) * n)[:, None] + nn[None, :]
+            some = entries >= 0
+            a, dt = tl.load(A + head), tl.load(DT + i * (2 * H) + h, mask=inside, other=0.0)
+            log_a = tl.maximum(dt * a, -20.0)  # e^-20 is nothing; less would cost precision
+            cum, total = tl.cumsum(log_a, 0), tl.sum(log_a)
+            entry = tl.where(chunk == before, _exp(cum), 0.0)[:, None]  # decay since the start
+            exit = tl.where(chunk == after, _exp(total - cum), 0.0)[:, None]    # and to the end
+            through = tl.where(before == after, _exp(total), 0.0)                 # all of it
+            u, slope_u = _silu(UBC, i, j, inside, 2 * width)
+            x, skip = (u * dt[:, None]).to(low), tl.load(SKIP + head)
+            if BACKWARD:
+                dy = _rows(Y, i, j, inside, 2 * inner).to(low)
+            if STATES:
+                if BACKWARD:
+                    own = _dot(tl.trans((dy * entry).to(low)), C)
+                else:
+                    own = _dot(tl.trans((x * exit).to(low)), B)
+                tl.store(OWN + slot * (p * n) + entries, own.to(low))
+                tl.store(TOTAL + slot, through)
+            else:
+                decay = tl.where(same, _exp(cum[:, None] - cum[None, :]), 0.0)
+                M = (_dot(C, tl.trans(B)) * decay).to(low)  # C B^T again: saves registers
+                state = tl.load(STATE + at * (p * n) + entries, mask=some & enters, other=0.0)
+                scan = _dot(M, x) + _dot(C, tl.trans(state)) * entry
+                if BACKWARD:
+                    grad = tl.load(GRAD + slot * (p * n) + entries, mask=some & leaves, other=0.0)
+                    left = _dot(B, tl.trans(grad)) * exit
+                    dx = _dot(tl.trans(M), dy) + left
+                    dM = (_dot(dy, tl.trans(x)) * decay).to(low)
+                    dB += _dot(tl.trans(dM), C) + _dot(x, grad) * exit
+                    dC += _dot(dM, B) + _dot(dy, state) * entry
+                    # The gradient of log_a at i: all that flows from before token i (its past, or
+                    # the state entering) to token i or later ones, or into the state leaving.
+                    flow = tl.cumsum(tl.sum(dy * scan, 1) - tl.sum(dx * x, 1), 0, reverse=True)
+                    flow += tl.sum(left * x) + tl.sum(state.to(tl.float32) * grad) * through
+                    ddt = (tl.sum(dx * u, 1) + flow * a) * (1 - _exp(-dt))        # before softplus
+                    tl.store(DX + i * (2 * (H + width)) + h, ddt.to(low), mask=inside)
+                    _put(DUBC, i, j, inside, 2 * width, (dx * dt[:, None] + skip * dy) * slope_u)
+                    SUM = SUMS + tile * (6 * H) + head
+                    tl.store(SUM, tl.sum(ddt))
+                    tl.store(SUM + 2 * H, tl.sum(flow * dt))
+                    tl.store(SUM + 4 * H, tl.sum(dy * u))
+                else:
+                    _put(Y, i, j, inside, 2 * inner, scan + skip * u)
+        if not STATES and BACKWARD:
+            _put(DUBC, i, inner + nn, inside, 2 * width, dB * slope_B)
+            _put(DUBC, i, inner + n + nn, inside, 2 * width, dC * slope_C)
+
+    @triton.jit
+    def _scan_kernel(OWN, TOTAL, FIRST, OUT, LAST, T, heads: constexpr, size: constexpr,
+                     E: constexpr, N: constexpr):
+        """From tile to tile, E entries of one head: OWN (b, T, heads, size), TOTAL (b, T, heads),
+        -1 where OWN is zero and not stored, FIRST (b, heads, size) -> OUT (b, T, heads, size), the
+        state before each tile where it is not zero, and LAST, that after all of them."""
+        at = tl.program_id(0).to(tl.int64) * E
+        e, FIRST, LAST, at = at % size + tl.arange(0, E), FIRST + at, LAST + at, at // size
+        state = tl.load(FIRST + tl.arange(0, E))
+        at, live = at // heads * T * heads + at % heads, T > 0
+        for c in range(0, T, N):
+            totals, owns = (), ()
+            for k in tl.static_range(N):  # all loads first: they need not wait for each other
+                totals += (tl.load(TOTAL + at + (c + k) * heads, mask=c + k < T, other=1.0),)
+            for k in tl.static_range(N):
+                ok = (c + k < T) & (totals[k] >= 0)
+                own = tl.load(OWN + (at + (c + k) * heads) * size + e, mask=ok, other=0.0)
+                owns += (own.to(tl.float32),)
+            for k in tl.static_range(N):
+                out = OUT + (at + (c + k) * heads) * size + e
+                tl.store(out, state.to(OUT.dtype.element_ty), mask=(c + k < T) & live)
+                live = totals[k] >= 0
+                state = tl.maximum(totals[k], 0.0) * state + owns[k]
+        tl.store(LAST + tl.arange(0, E), state)
+
+
+def tile_size(x, p, n):
+    """Tokens per tile: what the shared memory of a small GPU (99 kB) takes."""
+    return 64 if p * n * x.element_size() <= 2048 else 32
+
+
+@torch.library.custom_op(f"{__name__}::mix", mutates_args=())
+def _mix(inputs: list[Tensor]) -> list[Tensor]:
+    """x (b, l, 2, dt | u B C), w, bias, A, D, ends, h -> y before the gate, the final state, the
+    states entering the tiles. With these states and the gradient of y after them, and that of the
+    final state in place of h: the gradients of x, w, bias, A, D, h."""
+    x, (w, bias, A, D, ends, h, *back) = inputs[0], (t.contiguous() for t in inputs[1:])
+    (b, l), (K, _, width), (_, heads, p, n) = x.shape[:2], w.shape, h.shape
+    H, Q, C = heads // 2, tile_size(x, p, n), min(width & -width, 64)
+    T = triton.cdiv(l, Q)
+    # The number of each token's chunk, and of the one that comes after the row; rows share none.
+    chunk = F.pad(ends.expand(b, l), (1, 0), value=True).flatten().cumsum(0, dtype=torch.int32)
+    dt = F.softplus(x[..., :H] + bias)
+    ubc, own = x.new_empty(b, l, 2, width), x.new_empty(b, T, heads, p, n)
+    total, last, passed = h.new_full((b, T, heads), -1), torch.empty_like(h), torch.empty_like(own)
+    states, y = back or (passed, x.new_empty(b, l, 2, H * p))
+    dx, dubc, dw, sums = (x.new_empty(x.shape), torch.empty_like(ubc), h.new_empty(b * T, *w.shape),
+                          h.new_empty(b * T, 3, 2, H)) if back else (x, x, x, x)
+
+    def conv(source, to, backward):
+        _conv_kernel[(b * T, 2 * (width // C))](
+            source, to, x[..., H:], w, dw, chunk, l, T, backward, K, width, source.stride(2),
+            to.stride(2), x.stride(2), Q, C, num_warps=2)
+
+    def tiles(states_only):
+        _ssm_kernel[(b * T, 2)](
+            dt, ubc, A, D, chunk, states, passed, y, own, total, dx, dubc, sums, l, T,
+            states_only, bool(back), H, p, n, Q, num_warps=4, num_stages=Q // 32)
+    conv(x[..., H:], ubc, False)
+    tiles(True)
+    N = min(triton.next_power_of_2(T), 64)
+    _scan_kernel[(h.numel() // 128,)](own, total, h, passed, last, T, heads, p * n, 128, N)
+    tiles(False)
+    if not back:
+        return [y, last, passed]
+    conv(dubc, dx[..., H:], True)
+    return [dx, dw.sum(0).to(w.dtype), *(t.clone() for t in sums.sum(0)), last]
+
+
+@_mix.register_fake
+def _(inputs):
+    x, *_, h = inputs[:7]
+    if len(inputs) > 7:
+        return [t.new_empty(t.shape) for t in (*inputs[:5], h)]
+    (b, l), (heads, p, n) = x.shape[:2], h.shape[1:]
+    return [x.new_empty(b, l, 2, heads // 2 * p), torch.empty_like(h),
+            x.new_empty(b, triton.cdiv(l, tile_size(x, p, n)), heads, p, n)]
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[0], output[2])
+
+
+def _vjp(ctx, grads):
+    *inputs, _, states = ctx.saved_tensors
+    *grads, dh = _mix([*inputs, grads[1], states, grads[0]])
+    return [*grads, None, dh]
+
+
+_mix.register_autograd(_vjp, setup_context=_setup)
+
+
+def ssm_mix_cuda(x, w_conv, dt_bias, A, D, ends, h=None, conv=None):
+    """The same as ssm_mix, where kernels_fit; no gradient flows through the final states."""
+    if x.is_cuda and x.shape[1] == 1 and h is not None:  # decoding: a few small kernels
+        with torch.compiler.set_stance("default"):
+            return torch.compile(ssm_mix_step)(x, w_conv, dt_bias, A, D, ends, h, conv)
+    (b, l), (K, _, width), H = x.shape[:2], w_conv.shape, A.shape[1]
+    z, x = x.contiguous().tensor_split((x.shape[-1] - H - width,), -1)
+    inner, tail = z.shape[-1], x.new_zeros(b, K - 1, 2, width)
+    if h is None:
+        h = A.new_zeros(b, 2 * H, inner // H, (width - inner) // 2)
+    if conv is not None:  # tokens in front of the others that leave h as it is: softplus(dt) = 0
+        front = F.pad(conv.to(x.dtype), (H, 0), value=-3e4)
+        x, ends, tail = torch.cat([front, x], 1), F.pad(ends, (K - 1, 0)), conv
+    y, h, _ = _mix([x, w_conv, dt_bias, A, D, ends, h])
+    tail = chunk_conv(x[:, 1 - K:, :, H:], w_conv, ends[:, 1 - K:], tail)[1]
+    return y[:, -l:] * F.silu(z), h.detach(), tail.detach()
+
+
+# Decoding: a step is many small kernels. Launched one by one they cost more than they compute.
+
+class RecordedStep:
+    """model(tokens, cache=cache), steps of one token as a CUDA graph that is replayed. A graph
+    knows addresses, not tensors: it must not outlive a call of `stream`."""
+
+    def __init__(self, model, cache):
+        self.model, self.cache, self.graph, self.logits = model, cache, None, None
+        # Once all windows that shift are full, only the position differs from step to step.
+        self.full = max((layer.window for layer in cache.layers if layer.window < layer.max_len),
+                        default=1)
+        # A replayed step checks nothing: where chunks might not find room, each step runs itself.
+        if not all(layer.by_rule or layer.max_chunks == layer.max_len - layer.window
+                   for layer in cache.layers):
+            self.full = math.inf
+
+    def __call__(self, tokens, cache, **last):
+        position, layers = cache.position, cache.layers
+        ready = tokens.shape[1] == 1 and position >= self.full
+        if not ready or self.graph is None:            # the first step readies the libraries
+            self.graph = torch.cuda.CUDAGraph() if ready else None
+            return self.model(tokens, cache=cache, **last)
+        if self.logits is None:
+            self.tokens, self.clock = tokens.clone(), torch.tensor(position, device=tokens.device)
+            for layer in layers:
+                layer.position = self.clock
+            torch.cuda.synchronize()
+            with torch.cuda.graph(self.graph):
+                self.logits = self.model(self.tokens, cache=cache, **last)
+        self.tokens.copy_(tokens)
+        self.clock.fill_(position)
+        self.graph.replay()
+        for layer in layers:
+            layer.position = position + 1
+        return self.logits.clone()
 
 
 if __name__ == "__main__":
