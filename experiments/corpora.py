@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from train_tiny import Corpus, TiktokenTokenizer, read_text
+from train_tiny import Corpus, get_tokenizer, read_text
 
 VOCAB = 8192                       # ranks of the BPE and the end-of-text token
 
@@ -74,8 +74,8 @@ def train_bpe(documents, path, megabytes=30):
 
 def encode(documents, tokenizer):
     """Documents to one uint16 array, separated; in threads, as tiktoken lets go of Python's lock."""
-    end = np.array([tokenizer.separator], dtype=np.uint16)
-    one = lambda text: tokenizer.encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=()).astype(np.uint16)
+    end = np.array([tokenizer.eot_token], dtype=np.uint16)
+    one = lambda text: tokenizer.encode_to_numpy(text, allowed_special=set(), disallowed_special=()).astype(np.uint16)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return np.concatenate([part for ids in pool.map(one, documents) for part in (ids, end)])
 
@@ -90,7 +90,7 @@ def corpus(name, work, data):
         folder.mkdir(parents=True)
         documents = python_documents() if name == "python" else english_documents(data)
         train_bpe(documents["train"], folder / "ranks.tiktoken")
-        tokenizer = TiktokenTokenizer(str(folder / "ranks.tiktoken"))
+        tokenizer = get_tokenizer(str(folder / "ranks.tiktoken"))
         for part, texts in documents.items():
             np.save(folder / f"{part}.npy", encode(texts, tokenizer))
         size = sum(len(d) for d in documents["train"])
@@ -102,7 +102,7 @@ def corpus(name, work, data):
         except OSError:                                                                      # another process was faster
             shutil.rmtree(folder)
     load = lambda part: torch.from_numpy(np.load(whole / f"{part}.npy").astype(np.int32))
-    made = Corpus(load("train"), load("valid"), TiktokenTokenizer(str(whole / "ranks.tiktoken")), (whole / "done").read_text())
+    made = Corpus(load("train"), load("valid"), get_tokenizer(str(whole / "ranks.tiktoken")), (whole / "done").read_text())
     made.wikitext = load("wikitext") if name == "english" else None
     print(f"corpus {name} {made.fingerprint}: {len(made.train):,} training and {len(made.valid):,} held-out tokens", flush=True)
     return made

@@ -72,11 +72,13 @@ def kills(folder, n=50, steps=300):
     assert whole.wait() == 0, whole.stderr.read()
     expected = {int(step): value for _, _, rest in events(folder, "saved") for step, value in [rest.split()]}
     count, progress = dict(kills=0, writing=0, before_the_first_checkpoint=0, runs=0), 0
+    log, temporary = out / "log.jsonl", out / "checkpoint.pt.tmp"
     while count["kills"] < n or progress < steps:
+        for stale in [temporary, log][:1 + (progress == 0)]:                      # of the run before: not a sign of this one
+            stale.unlink(missing_ok=True)
         process = start(folder, *options, *["--resume"] * (progress > 0), "--out", "out")
         if count["kills"] < n:
-            log, temporary = out / "log.jsonl", out / "checkpoint.pt.tmp"
-            before = log.stat().st_size if log.exists() and progress else 0
+            before = log.stat().st_size if log.exists() else 0
             while process.poll() is None and not (log.exists() and log.stat().st_size > before):
                 time.sleep(0.001)
             time.sleep(r.random() * steps / n / 100)                              # a step takes some 10 ms

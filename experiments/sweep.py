@@ -15,6 +15,7 @@ Corpora (Python source of this machine, English) are made on first use and kept 
 """
 import argparse
 import bisect
+import contextlib
 import dataclasses
 import fnmatch
 import functools
@@ -51,11 +52,12 @@ QUICK = dict(shape=dict(vocab_size=VOCAB, dim=64, n_layers=2, n_heads=2), tokens
 # ---------------------------------------------------------------------------------------
 # What a model costs
 
-def kv_cost(config, S, variant=None, max_chunks=None):
+def kv_cost(config, S, variant=None, patch=None, max_chunks=None):
     """Entries per layer (mean) and cache.nbytes of one sequence of S tokens: bf16, states in float32."""
-    with torch.device("meta"):                                     # shapes count here, not numbers
-        model = (variant(None, config) if variant else Attamba)(config).to(torch.bfloat16)
-    cache = model.new_cache(1, S, max_chunks)
+    with V.patched(patch, config):
+        with torch.device("meta"):                                 # shapes count here, not numbers
+            model = (variant(None, config) if variant else Attamba)(config).to(torch.bfloat16)
+        cache = model.new_cache(1, S, max_chunks)
     return sum(layer.kv.shape[3] for layer in cache.layers) / len(cache.layers), cache.nbytes
 
 
@@ -132,10 +134,6 @@ def rows(shape, shrink=1):
         hidden = range(16, 16 * shape["dim"], 16)
         return lambda: dict(transformer, hidden_dim=fitted(hidden, lambda h: parameters(config(**transformer, hidden_dim=h)), parameters(config(**like))))
 
-    def patched(patch, *changes):
-        """A row whose functions are swapped takes the path that calls them."""
-        return dict(variant=V.changed(V.general, *changes), patch=patch)
-
     n, table = shape["n_layers"], []
     s1, s4 = 1024 // shrink, 4096 // shrink
     main = attamba(8, 64 // shrink)
@@ -155,7 +153,7 @@ def rows(shape, shrink=1):
     add("claims", "window=p8-l64", equal_window(main, s1), **two)
     add("claims", "attamba-p8-l8", attamba(8, l8))
     add("claims", "window=p8-l8", equal_window(attamba(8, l8), s1))
-    add("claims", "attamba-p8-l8-released-mixing", attamba(8, l8), **patched(V.released_mixing))
+    add("claims", "attamba-p8-l8-released-mixing", attamba(8, l8), patch=V.released_mixing)
     add("claims", "pseudo-chunk-p8", attamba(8, None))
     add("claims", "transformer-parameters=p8", equal_parameters(main))
     add("claims", "strided-p8-l64", attamba(8, l64, kv="linear"))
@@ -210,6 +208,7 @@ def rows(shape, shrink=1):
             lambda S=S: dict(layout(S)(), hidden_dim=equal_parameters(keep)()["hidden_dim"]), **at)
     beside = equal_layers(main, s1, whole, kv="linear+ssm")                                 # the layout with SSMs beside W_K and W_V
     add("english", "one-full-layer-rest-window-ssm-keep", beside, corpus="english")
+    normed = lambda model: lambda: dict(model() if callable(model) else model, qk_norm=True)
     few = dict(n_kv_heads=max(1, shape["n_heads"] // 4))                                    # as many entries, a quarter of the bytes
     add("open", "one-full-layer-rest-window-gqa", lambda: dict(layout(s1)(), **few))
     add("open", "one-full-layer-rest-window-ssm-keep-gqa", lambda: dict(beside(), **few))
@@ -221,19 +220,19 @@ def rows(shape, shrink=1):
         layered("every-other-layer-p4-window-ssm" + note, lambda L: [(4 if i % 2 else None, L) for i in range(n)], kv=kv)
         layered("window-ssm" + note, lambda L: [(None, L)] * n, kv=kv)
     for name, model, more in (
-            ("no-reset", main, patched(V.no_reset)),
-            ("phase-per-head", attamba(8, l64, chunking="uniform"), patched(V.phase_per_head)),
-            ("qk-norm", main, dict(variant=V.changed(V.qk_norm))),
-            ("qk-norm-transformer", transformer, dict(variant=V.changed(V.qk_norm))),
-            ("qk-norm-window", equal_window(main, s1), dict(variant=V.changed(V.qk_norm))),
-            ("qk-norm-no-reset", main, patched(V.no_reset, V.qk_norm)),
-            ("qk-norm-one-full-layer-rest-window", layout(s1), dict(variant=V.changed(V.qk_norm))),
-            ("qk-norm-two-layers-p2-rest-window-ssm-keep", equal_layers(main, s1, quarter, kv="linear+ssm"), dict(variant=V.changed(V.qk_norm))),
-            ("qk-norm-one-full-layer-rest-window-ssm-keep", beside, dict(variant=V.changed(V.qk_norm))),
+            ("no-reset", main, dict(patch=V.no_reset)),
+            ("phase-per-head", attamba(8, l64, chunking="uniform"), dict(patch=V.phase_per_head)),
+            ("qk-norm", normed(main), {}),
+            ("qk-norm-transformer", normed(transformer), {}),
+            ("qk-norm-window", normed(equal_window(main, s1)), {}),
+            ("qk-norm-no-reset", normed(main), dict(patch=V.no_reset)),
+            ("qk-norm-one-full-layer-rest-window", normed(layout(s1)), {}),
+            ("qk-norm-two-layers-p2-rest-window-ssm-keep", normed(equal_layers(main, s1, quarter, kv="linear+ssm")), {}),
+            ("qk-norm-one-full-layer-rest-window-ssm-keep", normed(beside), {}),
             ("ssm-norm", main, dict(variant=V.changed(V.ssm_norm))),
             ("memory-8", main, dict(variant=V.changed(V.memory(0.03, 0.5)))),
             ("memory-100", main, dict(variant=V.changed(V.memory(0.001, 0.05)))),
-            ("sink", main, dict(variant=V.changed(V.sink))),
+            ("sink", main, dict(patch=V.sink)),
             ("inner-dim", equal_leading(main, s1, chunk_size=8, ssm_inner=shape["dim"]), {}),
             ("inner-quarter", equal_leading(main, s1, chunk_size=8, ssm_inner=shape["dim"] // 4), {}),
             ("state16", equal_leading(main, s1, chunk_size=8, ssm_state=16), {}),
@@ -263,7 +262,7 @@ def transferred(model, config, options, text, device):
     for P, L, rule in settings:
         other = Attamba(dataclasses.replace(config, chunk_size=P, leading_tokens=L, chunking=rule)).to(device)
         other.load_state_dict(model.state_dict())
-        loss, _ = train_tiny.evaluate(other, text.valid, text.tokenizer.byte_lengths, options, device)
+        loss, _ = train_tiny.evaluate(other, text.valid, text.tokenizer, options, device)
         out.append(dict(P=P, L=L, chunking=rule, perplexity=float(np.exp(loss))))
     return out
 
@@ -283,7 +282,7 @@ def run(row, seed, text, options, keep, lr, commit):
     max_chunks = None
     if row.chunk_mean:                                             # on average; config.leading_tokens + 1 need no entry
         max_chunks = int(np.ceil((row.seq_len - config.leading_tokens - 1) / row.chunk_mean(text)))
-    entries, nbytes = kv_cost(config, row.seq_len, row.variant if not row.chunk_mean else None, max_chunks)
+    entries, nbytes = kv_cost(config, row.seq_len, row.variant if not row.chunk_mean else None, row.patch, max_chunks)
     device = torch.device(options.device)
     line = dict(name=row.name, config={**dataclasses.asdict(config), "lr": options.lr, "batch_size": options.batch_size},
                 corpus=text.fingerprint, tokens=options.steps * options.batch_size * options.seq_len, seq_len=options.seq_len, seed=seed,
@@ -291,9 +290,10 @@ def run(row, seed, text, options, keep, lr, commit):
                 device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu", commit=commit, group=row.group)
     with V.patched(row.patch, config), mock.patch.object(train_tiny, "Attamba", make):
         try:
-            model, result = train_tiny.train(config, options, text, resume, quiet=not sys.stdout.isatty())
+            with contextlib.nullcontext() if sys.stdout.isatty() else contextlib.redirect_stdout(None):
+                model, result = train_tiny.train(config, options, text, resume)
         except UserError as error:
-            if "the loss is" not in str(error):
+            if "no longer finite" not in str(error):
                 raise
             print(f"{row.name}: {error}", flush=True)                                      # diverged: a result, too
             return line
@@ -301,10 +301,10 @@ def run(row, seed, text, options, keep, lr, commit):
         if row.transfer and seed == 0:
             extra["transfer"] = transferred(model, config, options, text, device)
         if text.wikitext is not None:
-            loss, bits = train_tiny.evaluate(model, text.wikitext, text.tokenizer.byte_lengths, options, device)
+            loss, bits = train_tiny.evaluate(model, text.wikitext, text.tokenizer, options, device)
             extra.update(wikitext_perplexity=float(np.exp(loss)), wikitext_bits_per_byte=bits)
     speeds = [json.loads(l).get("tokens_per_second", 0) for l in open(out / "log.jsonl")]
-    result["tokens_per_second"] = result["tokens_per_second"] or next((s for s in reversed(speeds) if s), 0.0)
+    result["tokens_per_second"] = next((s for s in reversed(speeds) if s), 0.0)
     if not keep:
         shutil.rmtree(out)
     return {**line, **{k: result[k] for k in ("params", "loss", "perplexity", "bits_per_byte", "tokens_per_second")}, **extra}
@@ -401,7 +401,7 @@ def show(wanted, results):
     print(f"{'group':<11}{'name':<48}{'S':>6}{'parameters':>12}{'entries':>9}{'KV bytes':>12}   seeds done, perplexity")
     for row in wanted:
         config = AttambaConfig(**row.model)
-        entries, nbytes = (float("nan"), 0) if row.chunk_mean else kv_cost(config, row.seq_len, row.variant)
+        entries, nbytes = (float("nan"), 0) if row.chunk_mean else kv_cost(config, row.seq_len, row.variant, row.patch)
         done = [f"{r['seed']}: {r['perplexity'] or float('nan'):.3f}" + f" at {r['config']['lr']:g}" * (r["config"]["lr"] != row.lr)
                 for r in results if (r["name"], r["seq_len"], r["group"]) == (row.name, row.seq_len, row.group)]
         print(f"{row.group:<11}{row.name:<48}{row.seq_len:>6}{parameters(config):>12,}{entries:>9.1f}{nbytes:>12,}   "
