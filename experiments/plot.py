@@ -145,26 +145,38 @@ def smooth_transition():
 
 
 def speed_context():
-    """Training speed of both models, and how much faster attention alone is, against the context."""
-    latest = {(r["name"], r["hardware"]): r for r in read("bench")}  # the last measurement counts
-    hardware = sorted({h for _, h in latest}, key=lambda h: (h.startswith("CPU"), h))
-    hardware = [h for h in hardware if sum(n.startswith("training, S") for n, k in latest if k == h) > 1]
+    """Training speed of the models, and how much faster attention alone is, against the context."""
+    latest = {}                                                     # the last measurement counts
+    for r in read("bench"):
+        if "attamba" in r:                                          # rows of before there were two
+            r["paper"], r["paper ratio"] = r["attamba"], r["ratio"]
+        section, _, length = r["name"].rpartition(", S ")
+        if section in ("training", "attention alone, forward and backward") and length.isdecimal():
+            latest.setdefault((r["hardware"], section), {})[int(length)] = r
+    hardware = sorted({h for (h, section), rows in latest.items() if section == "training" and len(rows) > 1},
+                      key=lambda h: (h.startswith("CPU"), h))
     if not hardware:
         return
     figure, axes = plt.subplots(1, 1 + len(hardware), figsize=(3.7 * (1 + len(hardware)), 3.5))
+
+    def curve(axis, h, section, key, *style, **more):
+        points = [(S, r[key]) for S, r in sorted(latest.get((h, section), {}).items()) if key in r]
+        if points:
+            axis.plot(*zip(*points), *style, **more)
+    models = (("transformer", "transformer", COLOURS["transformer"]), ("paper", "Attamba P 8, L 64", COLOURS["attamba"]),
+              ("recommended", "Attamba, P 2 in each fourth layer", COLOURS["chunked"]))
     for axis, h in zip(axes, hardware):
-        rows = sorted((int(n.split("S ")[1]), r) for (n, k), r in latest.items() if k == h and n.startswith("training, S") and "state" not in n)
-        for model in ("transformer", "attamba"):
-            axis.plot([s for s, _ in rows], [r[model] for _, r in rows], "o-", color=COLOURS[model], label={"attamba": "Attamba P 8, L 64"}.get(model, model))
+        for model, label, colour in models:
+            curve(axis, h, "training", model, "o-", color=colour, label=label)
         axis.set(xscale="log", yscale="log", xlabel="context", title=f"training, thousand tokens/s\n{h}")
         low, high = (v / 1000 for v in axis.get_ylim())
         ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if low <= t <= high]
         axis.set_yticks([1000 * t for t in ticks], [str(t) for t in ticks])
-        contexts(axis, [s for s, _ in rows])
+        contexts(axis, sorted(latest[h, "training"]))
         axis.legend(fontsize=8.5)
     for h, style in zip(hardware, ("o-", "s--", "^:")):
-        rows = sorted((int(n.split("S ")[1]), r["ratio"]) for (n, k), r in latest.items() if k == h and n.startswith("attention alone"))
-        axes[-1].plot(*zip(*rows), style, color=COLOURS["attamba"], label=h)
+        for model, note, colour in (("paper", "", COLOURS["attamba"]), ("recommended", ", P 2 in each fourth layer", COLOURS["chunked"])):
+            curve(axes[-1], h, "attention alone, forward and backward", f"{model} ratio", style, color=colour, label=h + note)
     axes[-1].axhline(1, color=COLOURS["transformer"], linewidth=1)
     axes[-1].set(xscale="log", xlabel="context", title="attention alone, forward and backward\ntimes faster than full attention")
     contexts(axes[-1], sorted({s for line in axes[-1].get_lines()[:-1] for s in line.get_xdata()}))
@@ -205,14 +217,14 @@ def mask():
     S, L = 16, config.leading_tokens
     figure, axes = plt.subplots(1, 2, figsize=(7.4, 4.1))
     for layer, axis in enumerate(axes):
-        ends = chunk_ends(config, torch.arange(S), layer)
-        seen = attention_mask(ends[None], L)[0]
+        ends = chunk_ends(config, torch.arange(S), layer)                                         # (1, S)
+        seen = attention_mask(ends, L)[0]
         near = torch.arange(S)[:, None] - torch.arange(S)[None] <= L
         past = torch.ones(S, S).tril().bool()
         for cells, colour in ((seen & near, COLOURS["window"]), (seen & ~near, COLOURS["attamba"]), (past & ~seen, "#e6eaee")):
             squares = [Path2D([(s, t), (s + .9, t), (s + .9, t + .9), (s, t + .9), (s, t)]) for t, s in cells.nonzero().tolist()]
             axis.add_patch(PathPatch(Path2D.make_compound_path(*squares), facecolor=colour, linewidth=0))     # one shape a colour: a small file
-        for s in ends.nonzero().flatten().tolist():
+        for s in ends[0].nonzero().flatten().tolist():
             axis.plot([s + 1, s + 1], [s + 1, S], color=INK, linewidth=.6, alpha=.5)                 # where a chunk ends
         axis.set(xlim=(0, S), ylim=(S, 0), aspect="equal", xlabel="key", title=f"layer {layer}")
         axis.grid(False)

@@ -2,7 +2,6 @@
 
 A variant is called as variant(corpus, config) and returns what train_tiny.train uses in place of
 Attamba: something that makes a model from a config. `patched` swaps functions of attamba.py while a row runs.
-Chunk ends other than attamba.py's own take its general path, which is slower; results do not depend on that.
 """
 import contextlib
 import dataclasses
@@ -23,10 +22,9 @@ from attamba import Attamba
 
 def set_chunk_size(model, P):
     """Another P in all layers; weights do not depend on it."""
-    for layer, block in enumerate(model.blocks):
-        attention = block.attention
-        attention.config = attention.ssm.config = dataclasses.replace(attention.config, chunk_size=P)
-        attention.first = torch.tensor(attamba.first_end(attention.config, layer), device="cpu")
+    model.layer_configs = [dataclasses.replace(c, chunk_size=P) for c in model.layer_configs]
+    for block, config in zip(model.blocks, model.layer_configs):
+        block.attention.config = config
 
 
 RANDOM_P = (2, 4, 8, 16, 32, 64)
@@ -35,19 +33,19 @@ RANDOM_P = (2, 4, 8, 16, 32, 64)
 class RandomP(Attamba):
     """P drawn anew for each training batch, from the batch itself: a resumed run draws the same."""
 
-    def forward(self, tokens, boundaries=None, cache=None):
+    def forward(self, tokens, *, cache=None, **options):
         P = self.config.chunk_size
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and cache is None:
             P = RANDOM_P[int(tokens.sum()) % len(RANDOM_P)]
-        if self.blocks[0].attention.config.chunk_size != P:
+        if self.layer_configs[0].chunk_size != P:
             set_chunk_size(self, P)
-        return super().forward(tokens, boundaries, cache)
+        return super().forward(tokens, cache=cache, **options)
 
 
 def whitespace(corpus, newlines_only):
     """Which tokens of the vocabulary end a chunk: those with a newline, or those with any whitespace. (vocab_size,) bool"""
-    decode, n = corpus.tokenizer.decode, corpus.tokenizer.vocab_size
-    return torch.tensor([any(c in decode([token]) for c in ("\n" if newlines_only else " \n\t")) for token in range(n)])
+    decode, n = corpus.tokenizer.decode_bytes, corpus.tokenizer.n_vocab
+    return torch.tensor([any(c in decode([token]) for c in (b"\n" if newlines_only else b" \n\t")) for token in range(n)])
 
 
 def mean_chunk(corpus, newlines_only):
@@ -63,12 +61,12 @@ def at_whitespace(newlines_only, uniform=False):
         table, mean = whitespace(corpus, newlines_only), mean_chunk(corpus, newlines_only)
 
         class Cut(Attamba):
-            def forward(self, tokens, boundaries=None, cache=None):
+            def forward(self, tokens):
+                ends = table.to(tokens.device)[tokens]
                 if uniform:
                     t = torch.arange(tokens.shape[1], device=tokens.device, dtype=torch.float64)
-                    ends = ((t + 1) / mean).floor() > (t / mean).floor()
-                    return super().forward(tokens, ends.expand(tokens.shape).contiguous(), cache)
-                return super().forward(tokens, table.to(tokens.device)[tokens], cache)
+                    ends = (((t + 1) / mean).floor() > (t / mean).floor()).expand(tokens.shape)
+                return super().forward(tokens, boundaries=ends)
         return Cut
     return variant
 
@@ -83,7 +81,7 @@ def released_mixing(config):
     and the convolution, which compares seq_idx too, sees the token alone."""
     P, scan, conv = config.chunk_size, attamba.ssm_scan, attamba.chunk_conv
 
-    def strided_scan(u, dt, A, B, C, D, boundaries=None, h=None):
+    def strided_scan(u, dt, A, B, C, D, ends, h=None):
         l = u.shape[1]
         between = F.pad(dt, (0, 0, P - 1, 0)).unfold(1, P, 1).sum(-1)             # dt of the last P tokens
 
@@ -93,32 +91,48 @@ def released_mixing(config):
             return t.unflatten(1, (-1, P)).transpose(1, 2).flatten(0, 1)
 
         # h_t = exp(between A) h_{t-P} + dt u B^T, as a scan whose dt is `between` and whose u is u dt / between
-        y, h = scan(*map(split, (u.float() * (dt / between)[..., None], between)), A, split(B), split(C), torch.zeros_like(D))
+        u_dt, B, C = split(u.float() * (dt / between)[..., None]), split(B), split(C)
+        never = torch.zeros(1, u_dt.shape[1], dtype=torch.bool, device=u.device)
+        y, h = scan(u_dt, split(between), A, B, C, torch.zeros_like(D), never)
         y = y.unflatten(0, (-1, P)).transpose(1, 2).flatten(1, 2)[:, :l]
         return y + D[:, None] * u.float(), h
 
-    def lone_conv(x, weight, boundaries=None, tail=None):
-        return conv(x, weight, torch.ones_like(boundaries), tail)
+    def lone_conv(x, weight, ends, tail=None):
+        return conv(x, weight, torch.ones_like(ends), tail)
     return dict(ssm_scan=strided_scan, chunk_conv=lone_conv)
 
 
 def no_reset(config):
     """The state is not forgotten at a boundary: an entry sums up everything so far."""
-    scan, conv = attamba.ssm_scan, attamba.chunk_conv
-    return dict(ssm_scan=lambda *a: scan(*a[:6], None, a[7]),
-                chunk_conv=lambda x, weight, boundaries=None, tail=None: conv(x, weight, torch.zeros_like(boundaries), tail))
+    mix = attamba.ssm_mix
+    return dict(ssm_mix=lambda *inputs: mix(*inputs[:5], torch.zeros_like(inputs[5]), *inputs[6:]))
 
 
 def phase_per_head(config):
     """Boundaries shifted per head (in place of per layer: use "uniform"); goes with no_reset, as one state serves all heads."""
-    general = attamba.attend
+    attend = attamba.attend
 
-    def by_head(q, k, v, boundaries, L, chunk_size=None, first=None):
-        h = q.shape[1]
-        ends = torch.cat([boundaries.roll(-(i * config.chunk_size // h), 1) for i in range(h)])      # (h, l)
-        q, k, v = (t.flatten(0, 1)[:, None] for t in (q, k, v))                                       # (b h, 1, l, d)
-        return general(q, k, v, ends.repeat(len(q) // h, 1), L).unflatten(0, (-1, h))[:, :, 0]
+    def by_head(q, k, v, ends, L, at=None):
+        h, P = q.shape[1], config.chunk_size
+        ends = torch.cat([ends.roll(-(i * P // h), 1) for i in range(h)])              # (h, l)
+        ends = ends.repeat(len(q), 1)                                                  # (b h, l)
+        q, k, v = (t.flatten(0, 1)[:, None] for t in (q, k, v))                        # (b h, 1, l, d)
+        at = attamba.end_positions(ends)
+        return attend(q, k, v, ends, L, at).unflatten(0, (-1, h))[:, :, 0]
     return {**no_reset(config), "attend": by_head}
+
+
+def sink(config):
+    """The first token always ends a chunk, so that every query sees it."""
+    own_ends, own_count = attamba.chunk_ends, attamba.count_ends
+
+    def chunk_ends(config, positions, *rest):
+        return own_ends(config, positions, *rest) | (positions == 0)
+
+    def count_ends(config, layer, length):
+        first = own_ends(config, torch.zeros(1, dtype=torch.long), layer)
+        return own_count(config, layer, length) + int(length > 0 and not first)
+    return dict(chunk_ends=chunk_ends, count_ends=count_ends)
 
 
 @contextlib.contextmanager
@@ -153,33 +167,10 @@ def changed(*changes):
     return lambda corpus, config: make
 
 
-def general(attention):
-    """Chunk ends as a mask, so that patched functions are called and not the kernels."""
-    attention.first = None
-
-
-class NormedQuery:
-    def forward(self, x):
-        return self.norm(super().forward(x).unflatten(-1, (-1, self.norm.normalized_shape[0]))).flatten(-2)
-
-
-class NormedKey:
-    def keys_values(self, *arguments):
-        k, v = super().keys_values(*arguments)
-        return [self.norm_k(k.unflatten(-1, (-1, self.config.head_dim))).flatten(-2), v]
-
-
-def qk_norm(attention):
-    """Queries and keys normalised per head, with a learned gain."""
-    attention.norm_k = nn.RMSNorm(attention.config.head_dim)
-    attention.wq.norm = nn.RMSNorm(attention.config.head_dim)
-    mix(attention, NormedKey), mix(attention.wq, NormedQuery)
-
-
 class NormedSSM:
     def forward(self, *arguments, **named):
-        out, state = super().forward(*arguments, **named)
-        return [F.rms_norm(y, y.shape[-1:]) * g.to(y.dtype) for y, g in zip(out, self.gain)], state
+        out = super().forward(*arguments, **named)
+        return [F.rms_norm(y, y.shape[-1:]) * g.to(y.dtype) for y, g in zip(out, self.gain)]
 
 
 def ssm_norm(attention):
@@ -197,14 +188,3 @@ def memory(low, high):
             ssm.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
             ssm.A_log.zero_()
     return change
-
-
-class Sink:
-    def boundaries(self, length, start=0, device=None):
-        ends = super().boundaries(length, start, device)
-        return ends | (torch.arange(start, start + length, device=ends.device) == 0)
-
-
-def sink(attention):
-    """The first token always ends a chunk, so that every query sees it."""
-    mix(attention, Sink), general(attention)
