@@ -112,7 +112,7 @@ def phase_per_head(config):
     """Boundaries shifted per head (in place of per layer: use "uniform"); goes with no_reset, as one state serves all heads."""
     attend = attamba.attend
 
-    def by_head(q, k, v, ends, L, at=None):
+    def by_head(q, k, v, ends, L, *_):
         h, P = q.shape[1], config.chunk_size
         ends = torch.cat([ends.roll(-(i * P // h), 1) for i in range(h)])              # (h, l)
         ends = ends.repeat(len(q), 1)                                                  # (b h, l)
