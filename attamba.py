@@ -194,7 +194,6 @@ class Attamba(nn.Module):
         cache = self.new_cache(len(tokens), tokens.shape[1] + max_new_tokens, max_chunks)
         # An overridden forward need not know `last`, which spares the logits of a whole prompt.
         last = {"last": True} if "last" in inspect.signature(self.forward).parameters else {}
-
         model = RecordedStep(self, cache) if cuda_graph and tokens.is_cuda else self
 
         def steps(tokens):  # a generator of its own: what is refused, is refused at the call
@@ -296,14 +295,16 @@ class AttambaAttention(nn.Module):
                 k = k + ssm_k                                          # k_t = a_t + SSM_K(a)_t
                 v = v + ssm_v                                          # v_t = a_t + SSM_V(a)_t
             dtype = q.dtype
+            # (b, l, heads, head_dim) each
             q, k, v = (t.unflatten(-1, (-1, c.head_dim)) for t in (q, k, v))
-            if c.qk_norm:  # (b, l, heads, head_dim), in the weight's dtype also under autocast
+            if c.qk_norm:  # in the weight's dtype also under autocast
                 q, k = (norm(t.to(norm.weight.dtype))
                         for norm, t in ((self.q_norm, q), (self.k_norm, k)))
             if rope:
                 q, k = rotate(q, *rope), rotate(k, *rope)
+            # (b, heads, l, head_dim) each
             q, k, v = (t.to(dtype).transpose(1, 2) for t in (q, k, v))
-            if cache is None:                                          # (b, heads, l, head_dim)
+            if cache is None:
                 out = attend(q, k, v, ends, c.leading_tokens, at, table)
             else:
                 out = cache.attend(q, k, v, ends)
@@ -1416,7 +1417,7 @@ class RecordedStep:
     knows addresses, not tensors: it must not outlive a call of `stream`."""
 
     def __init__(self, model, cache):
-        self.model, self.cache, self.graph, self.logits = model, cache, None, None
+        self.model, self.graph, self.logits = model, None, None
         # Once all windows that shift are full, only the position differs from step to step.
         self.full = max((layer.window for layer in cache.layers if layer.window < layer.max_len),
                         default=1)
